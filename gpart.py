@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+# gpart.py 0.1.0, the GPart reference implementation: one file of plain PyTorch, made to be copied.
+"""GPart, end-to-end isometric fine-tuning (Mandica et al., arXiv:2605.14841).
+
+One trainable theta in R^d moves every adapted weight of a frozen model, w0 in R^N, through a seeded
+partition of the N weights into d groups:
+
+    P[i, j] = 1/sqrt(n_j) if g(i) = j else 0    (Eq. 7)    Partition; P^T P = I_d (Eq. 8)
+    delta_w = P theta                           (Eq. 10)   expand, GPart.delta
+    w = w0 + P theta                            (Eq. 9)    add_update, in FusedLinear and merge
+    grad_theta L = P^T grad_w L                 (Eq. 11)   reduce, in FusedLinear.backward
+
+P is an isometry: distances, gradients and L2 penalties of theta are those of the update,
+lambda ||theta||^2 = lambda ||delta_w||^2 (Eq. 18). The trained state is theta and the seed.
+
+    code      paper        meaning
+    N, d      N, d         adapted weights; trainable numbers, the one hyperparameter
+    theta     theta        the trained vector, float32 [d], zero at the start
+    ids       g(i)         the group of each weight, int32, computed from the seed alone
+    sizes     n_j          weights in group j: floor(N/d), or one more
+    scale     1/sqrt(n_j)  makes every column of P a unit vector; ones if isometric=False (App. B)
+    manifest               the adapted parameters in flattening order (Eq. 5): [(name, shape), ...]
+
+>>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+>>> attach(net, d=5, target_modules="all-linear")
+GPart(Partition(N=18, d=5, seed=0, isometric=True), merged=False)
+>>> [name for name, p in net.named_parameters() if p.requires_grad]
+['gpart.theta']
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+__version__ = "0.1.0"
+
+FORMAT = "gpart-v1"  # names the permutation as much as the file: whoever changes one renames both
+CHUNK = 1 << 15  # indices permuted at a time: they stay in the cache, and on the calling thread
+Device = torch.device | str
+Path = str | os.PathLike[str]
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+# --- 1. The permutation pi: integers only, the same on every device, release and shard ---
+def round_keys(seed: int, rounds: int) -> list[int]:
+    """k_0..k_{rounds-1}: the top 31 bits of SplitMix64's first outputs from state = seed."""
+    mask, keys = (1 << 64) - 1, []
+    for t in range(1, rounds + 1):
+        z = (seed + t * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        keys.append((z ^ (z >> 31)) >> 33)
+    return keys
+
+
+def round_function(key: int, x: Tensor) -> Tensor:
+    """F(k, x) on 0 <= x < 2^31, where no int64 product overflows."""
+    x = x ^ key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0x7FFFFFFF
+    x = ((x ^ (x >> 15)) * 0x46CA68B5) & 0x7FFFFFFF
+    return x ^ (x >> 16)
+
+
+def permute(i: Tensor, N: int, seed: int) -> Tensor:
+    """pi(i), a seeded bijection of 0..N-1, each index by itself: int64 [n] -> int64 [n].
+
+    A Feistel network on the near-square grid Z_a x Z_b that just holds N indices; what lands on a
+    spare cell of the grid goes through again until it is below N (cycle walking).
+
+    >>> permute(torch.arange(6), N=6, seed=0).tolist()
+    [2, 3, 4, 0, 1, 5]
+    """
+    a = math.isqrt(N - 1) + 1
+    b = -(-N // a)
+    keys = round_keys(seed, 16 if N < 1 << 16 else 6)
+    left, right = i // b, i % b
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + round_function(even, right)) % a
+        right = (right + round_function(odd, left)) % b
+    x = left * b + right
+    if len(spare := (x >= N).nonzero().flatten()):
+        x[spare] = permute(x[spare], N, seed)
+    return x
+
+
+# --- 2. P and P^T ---
+def expand(theta: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """(P theta)_i = theta_g(i) / sqrt(n_g(i)) for the rows in ids, in scale's dtype."""
+    return (theta.to(scale) * scale).index_select(0, ids)  # [d] -> [n]
+
+
+def reduce(w: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """(P^T w)_j = sum of w_i over group j / sqrt(n_j), of the rows in ids, in scale's dtype."""
+    return torch.zeros_like(scale).index_add(0, ids, w.to(scale)) * scale  # [n] -> [d]
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """P in R^{N x d}, never materialised: P^T P = I_d, hence ||P theta|| = ||theta||.
+
+    g(i) = pi(i) mod d deals N weights into d groups: sizes differ by at most one, none is empty.
+    With isometric=False the columns keep their length: P^T P = diag(n_1..n_d).
+    ValueError unless 1 <= d <= min(N, 2^31 - 1) and 0 <= seed < 2^64; TypeError unless integers.
+
+    >>> P = Partition(N=6, d=2, seed=0)
+    >>> P.groups().tolist(), P.groups(2, 4).tolist(), P.sizes().tolist()
+    ([0, 1, 0, 0, 1, 1], [0, 0], [3, 3])
+    """
+
+    N: int
+    d: int
+    seed: int = 0
+    isometric: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("N", 1, 2**62), ("d", 1, 2**31 - 1), ("seed", 0, 2**64 - 1)):
+            if type(value := getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            _require(low <= value <= high, f"{name} must be in {low}..{high}, got {value}")
+        _require(self.d <= self.N, f"d must be in 1..N = 1..{self.N}, got {self.d}")
+
+    def groups(self, start: int = 0, stop: int | None = None, device: Device = "cpu") -> Tensor:
+        """g(start..stop-1), int32 [stop - start]: any slice equals that slice of the whole."""
+        stop = self.N if stop is None else stop
+        _require(0 <= start <= stop <= self.N, f"need 0 <= {start=} <= {stop=} <= N = {self.N}")
+        ids = torch.empty(stop - start, dtype=torch.int32, device=device)
+        for at in range(start, stop, CHUNK):
+            i = torch.arange(at, min(at + CHUNK, stop), device=device)
+            ids[at - start : at - start + len(i)] = permute(i, self.N, self.seed) % self.d
+        return ids
+
+    def sizes(self) -> Tensor:
+        """n_j = floor(N/d) + (1 if j < N mod d else 0), int64 [d]."""
+        return self.N // self.d + (torch.arange(self.d) < self.N % self.d).long()
+
+    def scale(self, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """1/sqrt(n_j), or n_j^0 = 1, [d]: rounded from float64 on the host, equal on any device."""
+        n = self.sizes().double().pow(self.isometric)
+        return n.sqrt().reciprocal().to(dtype).to(device)
+
+    def expand(self, theta: Tensor) -> Tensor:
+        """P @ theta: [d] -> [N], in promote(theta's dtype, float32)."""
+        _require(theta.shape == (self.d,), f"theta must be [{self.d}], got {[*theta.shape]}")
+        scale = self.scale(theta.device, torch.promote_types(theta.dtype, torch.float32))
+        return expand(theta, self.groups(device=theta.device), scale)
+
+    def reduce(self, w: Tensor) -> Tensor:
+        """P^T @ w: [N] -> [d], summed in promote(w's dtype, float32). <P t, w> = <t, P^T w>."""
+        _require(w.shape == (self.N,), f"w must be [{self.N}], got {[*w.shape]}")
+        scale = self.scale(w.device, torch.promote_types(w.dtype, torch.float32))
+        return reduce(w, self.groups(device=w.device), scale)
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """P itself, [N, d], for teaching and tests."""
+        return (self.groups()[:, None] == torch.arange(self.d)) * self.scale(dtype=dtype)
+
+
+# --- 3. The fused linear ---
+def add_update(w: Tensor, theta: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+    """W + P theta (Eq. 9) for one weight: added in scale's dtype, cast to W's once."""
+    return expand(theta, ids, scale).view(w.shape).add_(w).to(w)  # [n] -> W's shape
+
+
+class FusedLinear(torch.autograd.Function):
+    """y = x (W + P theta)^T + b, keeping for backward only what exists anyway: x, W, theta, ids.
+
+    Backward rebuilds W + P theta. Autograd through add_update, the plain path, gives the same
+    numbers and keeps a second copy of every W. x [..., in], W [out, in], ids [out * in], theta [d].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, *parts)
+        return nn.functional.linear(x, add_update(w, *parts), b)  # [..., in] -> [..., out]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, *parts = ctx.saved_tensors  # products are in grad_y's dtype, which autocast may set
+        need_x, _, need_b, *_ = ctx.needs_input_grad
+        grad_x = (grad_y @ add_update(w, *parts).to(grad_y)).to(x) if need_x else None  # [..., in]
+        rows = grad_y.reshape(-1, len(w))  # [..., out] -> [n, out]
+        grad_b = rows.sum(0) if need_b else None  # [n, out] -> [out]
+        grad_w = rows.T @ x.reshape(-1, w.shape[1]).to(rows)  # [out, n] @ [n, in]
+        grad_theta = reduce(grad_w.flatten(), *parts[1:]).to(parts[0])  # [out * in] -> [d]
+        return grad_x, grad_w.to(w), grad_b, grad_theta, None, None
+
+
+# --- 4. Attaching to a model ---
+class Adapted(nn.Module):
+    """Mixed into the class of each module that owns an adapted parameter: whoever reads that gets
+    W + P theta, so no adapter is silently ignored. parameters and state_dict hold the frozen W."""
+
+    def __getattr__(self, name: str) -> Any:
+        w: Any = super().__getattr__(name)
+        g, names, _ = self.__dict__["_adapter"]  # GPart, {attribute: name}, the class before
+        return add_update(w, *g.parts(names[name], w)) if g.active and name in names else w
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    """An nn.Linear on the fused path."""
+
+    def forward(self, x: Tensor) -> Any:
+        g, names, _ = self.__dict__["_adapter"]
+        w = self._parameters["weight"]
+        if not g.active:
+            return super().forward(x)
+        return FusedLinear.apply(x, w, self.bias, *g.parts(names["weight"], w))  # type: ignore[no-untyped-call]
+
+
+class GPart(nn.Module):
+    """The adapter, registered as model.gpart: .theta is what is trained, .partition is P.
+
+    theta is looked up at every call, so a moved, reloaded or sharded one is seen; it stays float32
+    whatever the model is cast to. ids and scale are no buffers: they follow from the seed.
+    """
+
+    def __init__(self, model: nn.Module, P: Partition, weights: Any, saved: Any, fused: bool):
+        """Adapt weights, {name: parameter}, in that order; what can fail precedes any change."""
+        super().__init__()
+        used = hasattr(model, "gpart") or any(isinstance(m, Adapted) for m in model.modules())
+        _require(not used, "the model has an adapter already: detach(model) first")
+        trained = {id(w) for n, w in model.named_parameters(remove_duplicate=False) if n in saved}
+        self.ids, n = {}, 0
+        for name, w in weights.items():
+            usable = w.is_floating_point() and w.element_size() > 1
+            _require(usable, f"{name} is {w.dtype}: GPart adapts unquantised 16 to 64 bit floats")
+            _require(id(w) not in trained, f"{name} is tied to modules_to_save: leave out either")
+            self.ids[name] = P.groups(n, n := n + w.numel(), w.device)
+        self.partition, self.scale = P, P.scale(w.device)
+        self.theta = nn.Parameter(torch.zeros_like(self.scale))
+        self.manifest = [(name, tuple(w.shape)) for name, w in weights.items()]
+        self.saved = [*saved]  # state_dict keys of modules_to_save
+        self.active = True  # False while merged or disabled
+        self.pretrained: dict[str, Tensor] = {}  # copies of the weights while merged
+        self.flags = {name: w.requires_grad for name, w in model.named_parameters()}
+        names = {id(w): name for name, w in weights.items()}
+        for module in model.modules():
+            base, owned = type(module), module._parameters.items()
+            if adapted := {key: names[id(w)] for key, w in owned if id(w) in names}:
+                plain = type(f"Adapted{base.__name__}", (Adapted, base), {})
+                module.__class__ = AdaptedLinear if fused and base is nn.Linear else plain
+                module.__dict__["_adapter"] = (self, adapted, base)
+        for w in model.parameters():
+            w.requires_grad_(id(w) in trained)
+        model.gpart = self
+
+    def parts(self, name: str, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta, ids and scale for one weight: on its device, in promote(its dtype, float32)."""
+        scale = self.partition.scale(dtype=w.dtype) if w.dtype is torch.float64 else self.scale
+        return self.theta, self.ids[name].to(w.device), scale.to(w.device)
+
+    def delta(self) -> dict[str, Tensor]:
+        """{name: dW}, P theta cut and shaped by the manifest (Eq. 10): float32, differentiable."""
+        return {n: expand(*self.parts(n, self.scale)).view(s) for n, s in self.manifest}
+
+    def project(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        """{name: dW} -> [d], P^T vec(dW): the theta whose P theta is nearest, so project(delta())
+        is theta. (Without isometry the nearest is (P^T P)^-1 P^T vec(dW).)"""
+        wrong = {(name, tuple(dw.shape)) for name, dw in deltas.items()} ^ {*self.manifest}
+        _require(not wrong, f"project needs exactly the manifest, got or lacks {sorted(wrong)[:2]}")
+        theta = torch.zeros_like(self.theta)
+        for name, dw in deltas.items():
+            theta = theta + reduce(dw.flatten(), *self.parts(name, dw)[1:]).to(theta.device)
+        return theta if self.partition.isometric else theta / self.partition.sizes().to(theta)
+
+    def forward(self, x: Any) -> Any:
+        """The identity: a model that is an nn.Sequential calls its adapter as one more layer."""
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.partition}, merged={bool(self.pretrained)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        device = fn(self.theta.data[:0]).device  # go where fn moves the model, without its casts
+        self.scale, self.ids = self.scale.to(device), {n: g.to(device) for n, g in self.ids.items()}
+        self.pretrained = {name: fn(w) for name, w in self.pretrained.items()}
+        return super()._apply(lambda t: t.to(device), recurse)  # type: ignore[no-untyped-call]
+
+
+def attach(
+    model: nn.Module,
+    d: int,
+    *,
+    seed: int = 0,
+    target_modules: str | Sequence[str] = ("query", "value"),
+    modules_to_save: str | Sequence[str] = (),
+    bias: bool = False,
+    isometric: bool = True,
+    fused: bool = True,
+) -> GPart:
+    """Freeze model and let one theta [d] move the weights of target_modules: w = w0 + P theta.
+
+    As in PEFT, a name matches the modules whose whole name or dotted suffix it is, and "all-linear"
+    every Linear and Conv1D but the output embeddings. What lies inside modules_to_save is trained
+    whole instead. bias=True adds the targets' biases. A parameter tied between modules counts once
+    and moves in all. fused=False puts nn.Linear on the plain path too, with equal results.
+    Returns model.gpart. ValueError, and an unchanged model, for d or seed out of range, a name that
+    matches nothing, a quantised weight, or a model that has an adapter.
+    """
+    whole = _match(model, modules_to_save, "modules_to_save")
+    saved = [f"{path}.{key}" for path, module in whole.items() for key in module.state_dict()]
+    first: dict[int, tuple[str, Tensor]] = {}  # a tied parameter has the first of its names
+    for path, module in _match(model, target_modules, "target_modules", skip=whole).items():
+        _require(module._parameters.get("weight") is not None, f"{path} has no weight to adapt")
+        for name, w in module.named_parameters(path, recurse=False):
+            if name.rpartition(".")[2] in ("weight", "bias")[: 1 + bias]:
+                first.setdefault(id(w), (name, w))
+    partition = Partition(sum(w.numel() for _, w in first.values()), d, seed, isometric)
+    return GPart(model, partition, dict(first.values()), saved, fused)
+
+
+def _match(model: nn.Module, names: Any, argument: str, skip: Any = ()) -> dict[str, nn.Module]:
+    """{path: module} of what names mean, in named_modules order, outside the modules in skip."""
+    modules, found = dict(model.named_modules()), set()
+    for name in [names] if isinstance(names, str) else names:
+        hits = {path for path in modules if f".{path}".endswith(f".{name}")}
+        if name == "all-linear":
+            ms = [*modules.values()]
+            heads = [m.get_output_embeddings() for m in ms if hasattr(m, "get_output_embeddings")]
+            linear = [m for m in ms if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+            hits = {path for path, m in modules.items() if m in linear and m not in heads}
+        hits -= {p for p in hits for outer in skip if f"{p}.".startswith(f"{outer}.")}
+        some = dict.fromkeys(p.rpartition(".")[2] for p, m in modules.items() if m._parameters)
+        _require(hits, f"{argument}: no module matches {name!r} among {', '.join([*some][:12])}")
+        found |= hits
+    return {path: module for path, module in modules.items() if path in found}
+
+
+# --- 5. Merging ---
+def _attached(model: nn.Module) -> tuple[GPart, dict[str, Tensor]]:
+    """The adapter and the parameters it adapts: the frozen W, or W + P theta while merged."""
+    g, own = model._modules.get("gpart"), dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(g, GPart):
+        return g, {name: own[name] for name, _ in g.manifest}
+    raise ValueError(f"{type(model).__name__} has no adapter: attach or load one, or unwrap it")
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """W <- W + P theta in place: the forward equals the attached one at the plain model's cost.
+
+    Added in promote(W's dtype, float32), cast once; keeps a copy of every W. ValueError if merged
+    already, inside disabled(model), or if theta is not finite.
+    """
+    g, weights = _attached(model)
+    _require(g.active, "merged or disabled already: unmerge(model), or leave the disabled block")
+    _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
+    for name, w in weights.items():
+        g.pretrained[name] = w.clone()
+        w.copy_(add_update(w, *g.parts(name, w)))
+    g.active = False
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """The pretrained weights again, bit for bit. ValueError if the adapter is not merged."""
+    g, weights = _attached(model)
+    _require(g.pretrained, "the adapter is not merged: merge(model) comes first")
+    for name, w in weights.items():
+        w.copy_(g.pretrained.pop(name))
+    g.active = True
+
+
+_merge = merge  # detach has an argument of that name
+
+
+def detach(model: nn.Module, merge: bool = False) -> None:
+    """Remove the adapter; the weights are the pretrained ones bit for bit, or W + P theta if merge.
+
+    Classes and requires_grad are as attach found them; modules_to_save keep what they learnt.
+    """
+    g, _ = _attached(model)
+    if merge != bool(g.pretrained):
+        (_merge if merge else unmerge)(model)
+    del model.gpart
+    for module in model.modules():
+        if isinstance(module, Adapted):
+            module.__class__ = module.__dict__.pop("_adapter")[2]
+    for name, w in model.named_parameters():
+        w.requires_grad_(g.flags.get(name, w.requires_grad))
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model runs on its pretrained weights, bit for bit."""
+    g, _ = _attached(model)
+    active, merged = g.active, bool(g.pretrained)
+    if merged:
+        unmerge(model)
+    g.active = False
+    try:
+        yield
+    finally:
+        g.active = active or merged
+        if merged:
+            merge(model)
+
+
+# --- 6. Storage ---
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """The adapter's identity: sha256 of the other metadata, then of every tensor by name."""
+    compact = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+    sha = hashlib.sha256(compact(metadata).encode())
+    for name, t in sorted(tensors.items()):
+        sha.update(compact([name, str(t.dtype).removeprefix("torch."), t.shape]).encode())
+        sha.update(t.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save(model: nn.Module, path: Path) -> None:
+    """Write theta, modules_to_save and all that the seed means to one .safetensors file.
+
+    4 d bytes, the head and a few kB of names. Written beside path and renamed: a crash leaves the
+    old file or the new one. Works while merged too. ValueError if a value is not finite.
+    """
+    (g, _), state = _attached(model), model.state_dict()
+    tensors = {"theta": g.theta.detach().float(), **{key: state[key] for key in g.saved}}
+    for name, t in tensors.items():
+        t = t.full_tensor() if hasattr(t, "full_tensor") else t  # FSDP2 shards it
+        _require(t.isfinite().all(), f"{name} has NaN or infinite values: nothing is saved")
+        tensors[name] = t.cpu().clone(memory_format=torch.contiguous_format)
+    metadata = {"format": FORMAT, "gpart_version": __version__, "manifest": json.dumps(g.manifest)}
+    metadata |= {key: json.dumps(value) for key, value in vars(g.partition).items()}
+    metadata["base_model_name_or_path"] = str(getattr(model, "name_or_path", ""))
+    metadata["sha256"] = _digest(metadata, tensors)
+    with tempfile.TemporaryDirectory(prefix=".gpart-", dir=os.path.dirname(path) or ".") as folder:
+        part = os.path.join(folder, "adapter.safetensors")
+        safetensors.torch.save_file(tensors, part, metadata)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+
+
+def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) -> GPart:
+    """Attach the adapter in path by its manifest; if model has that one attached, swap theta.
+
+    The weights are bit-identical in any process, on any device and release. rename={stored: here}
+    maps parameter names that another release of the model spells otherwise. ValueError, and an
+    unchanged model, if the file is damaged, foreign or newer, or has a name or shape that the model
+    has not; OSError if it cannot be opened.
+    """
+    rename = rename or {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            metadata, stored = f.metadata() or {}, {key: f.get_tensor(key) for key in [*f.keys()]}
+        found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
+        _require(found == FORMAT, f"its format is {found!r}, this gpart reads {FORMAT!r}")
+        _require(_digest(metadata, stored) == sha256, "its sha256 does not match")
+        P = Partition(*(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric")))
+        entries, theta = json.loads(metadata["manifest"]), stored.pop("theta")
+        manifest = {rename.get(name, name): tuple(shape) for name, shape in entries}
+        _require(sum(map(math.prod, manifest.values())) == P.N, "its manifest does not add up to N")
+        good = theta.dtype == torch.float32 and theta.shape == (P.d,)
+        _require(good, f"its theta is {theta.dtype} {[*theta.shape]}, not float32 [{P.d}]")
+        _require(all(t.isfinite().all() for t in [theta, *stored.values()]), "it has NaN or inf")
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no usable adapter file: {error}") from error
+    heads = {rename.get(name, name): t for name, t in stored.items()}
+    own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
+    for name, shape in [*manifest.items(), *((name, (*t.shape,)) for name, t in heads.items())]:
+        here = tuple(own[name].shape) if name in own else "nothing; rename={stored: here} maps it"
+        _require(here == shape, f"{path} has {name} of shape {shape}, the model has {here}")
+    if isinstance(g := model._modules.get("gpart"), GPart):
+        _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
+        theirs, ours = (P, [*manifest.items()], {*heads}), (g.partition, g.manifest, {*g.saved})
+        _require(theirs == ours, f"{path} has {theirs}, the model {ours}: detach(model) first")
+    else:
+        g = GPart(model, P, {name: own[name] for name in manifest}, heads, fused=True)
+    with torch.no_grad():
+        g.theta.copy_(theta)
+        for name, t in heads.items():
+            own[name].copy_(t)
+    return g
