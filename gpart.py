@@ -177,7 +177,6 @@ def add_update(w: Tensor, theta: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
 
 class FusedLinear(torch.autograd.Function):
     """y = x (W + P theta)^T + b, keeping for backward only what exists anyway: x, W, theta, ids.
-
     Backward rebuilds W + P theta. Autograd through add_update, the plain path, gives the same
     numbers and keeps a second copy of every W. x [..., in], W [out, in], ids [out * in], theta [d].
     """
@@ -223,10 +222,8 @@ class AdaptedLinear(Adapted, nn.Linear):
 
 class GPart(nn.Module):
     """The adapter, registered as model.gpart: .theta is what is trained, .partition is P.
-
     theta is looked up at every call, so a moved, reloaded or sharded one is seen; it stays float32
-    whatever the model is cast to. ids and scale are no buffers: they follow from the seed.
-    """
+    whatever the model is cast to. ids and scale are no buffers: they follow from the seed."""
 
     def __init__(self, model: nn.Module, P: Partition, weights: Any, saved: Any, fused: bool):
         """Adapt weights, {name: parameter}, in that order; what can fail precedes any change."""
@@ -352,10 +349,8 @@ def _attached(model: nn.Module) -> tuple[GPart, dict[str, Tensor]]:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """W <- W + P theta in place: the forward equals the attached one at the plain model's cost.
-
     Added in promote(W's dtype, float32), cast once; keeps a copy of every W. ValueError if merged
-    already, inside disabled(model), or if theta is not finite.
-    """
+    already, inside disabled(model), or if theta is not finite."""
     g, weights = _attached(model)
     _require(g.active, "merged or disabled already: unmerge(model), or leave the disabled block")
     _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
@@ -380,9 +375,7 @@ _merge = merge  # detach has an argument of that name
 
 def detach(model: nn.Module, merge: bool = False) -> None:
     """Remove the adapter; the weights are the pretrained ones bit for bit, or W + P theta if merge.
-
-    Classes and requires_grad are as attach found them; modules_to_save keep what they learnt.
-    """
+    Classes and requires_grad are as attach found them; modules_to_save keep what they learnt."""
     g, _ = _attached(model)
     if merge != bool(g.pretrained):
         (_merge if merge else unmerge)(model)
