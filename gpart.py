@@ -128,8 +128,8 @@ class Partition:
 
     def __post_init__(self) -> None:
         for name, low, high in (("N", 1, 2**62), ("d", 1, 2**31 - 1), ("seed", 0, 2**64 - 1)):
-            if type(value := getattr(self, name)) is not int:
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            if type(value := getattr(self, name)) is not int or type(self.isometric) is not bool:
+                raise TypeError(f"{name} must be an int, got {value!r}, isometric a bool: {self}")
             _require(low <= value <= high, f"{name} must be in {low}..{high}, got {value}")
         _require(self.d <= self.N, f"d must be in 1..N = 1..{self.N}, got {self.d}")
 
@@ -178,8 +178,7 @@ def add_update(w: Tensor, theta: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
 class FusedLinear(torch.autograd.Function):
     """y = x (W + P theta)^T + b, keeping for backward only what exists anyway: x, W, theta, ids.
     Backward rebuilds W + P theta. Autograd through add_update, the plain path, gives the same
-    numbers and keeps a second copy of every W. x [..., in], W [out, in], ids [out * in], theta [d].
-    """
+    numbers and keeps a second copy of each W. x [..., in], W [out, in], ids [out*in], theta [d]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, *parts: Tensor) -> Tensor:
@@ -212,12 +211,12 @@ class Adapted(nn.Module):
 class AdaptedLinear(Adapted, nn.Linear):
     """An nn.Linear on the fused path."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:
         g, names, _ = self.__dict__["_adapter"]
         w = self._parameters["weight"]
         if not g.active:
-            return super().forward(x)
-        return FusedLinear.apply(x, w, self.bias, *g.parts(names["weight"], w))  # type: ignore[no-untyped-call]
+            return super().forward(input)
+        return FusedLinear.apply(input, w, self.bias, *g.parts(names["weight"], w))  # type: ignore[no-untyped-call]
 
 
 class GPart(nn.Module):
@@ -231,11 +230,12 @@ class GPart(nn.Module):
         used = hasattr(model, "gpart") or any(isinstance(m, Adapted) for m in model.modules())
         _require(not used, "the model has an adapter already: detach(model) first")
         trained = {id(w) for n, w in model.named_parameters(remove_duplicate=False) if n in saved}
+        names = {id(w): name for name, w in weights.items() if id(w) not in trained}
         self.ids, n = {}, 0
         for name, w in weights.items():
-            usable = w.is_floating_point() and w.element_size() > 1
-            _require(usable, f"{name} is {w.dtype}: GPart adapts unquantised 16 to 64 bit floats")
-            _require(id(w) not in trained, f"{name} is tied to modules_to_save: leave out either")
+            usable = isinstance(w, nn.Parameter) and w.is_floating_point() and w.itemsize > 1
+            _require(usable, f"{name} is {w.dtype}: only unquantised 16 to 64 bit parameters adapt")
+            _require(names.get(id(w)) == name, f"{name} is tied to modules_to_save or another name")
             self.ids[name] = P.groups(n, n := n + w.numel(), w.device)
         self.partition, self.scale = P, P.scale(w.device)
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
@@ -244,7 +244,6 @@ class GPart(nn.Module):
         self.active = True  # False while merged or disabled
         self.pretrained: dict[str, Tensor] = {}  # copies of the weights while merged
         self.flags = {name: w.requires_grad for name, w in model.named_parameters()}
-        names = {id(w): name for name, w in weights.items()}
         for module in model.modules():
             base, owned = type(module), module._parameters.items()
             if adapted := {key: names[id(w)] for key, w in owned if id(w) in names}:
@@ -450,29 +449,29 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
     try:
         with safetensors.safe_open(path, framework="pt") as f:
             metadata, stored = f.metadata() or {}, {key: f.get_tensor(key) for key in [*f.keys()]}
-        found, sha256 = metadata.get("format"), metadata.pop("sha256", None)
-        _require(found == FORMAT, f"its format is {found!r}, this gpart reads {FORMAT!r}")
-        _require(_digest(metadata, stored) == sha256, "its sha256 does not match")
+        _require(metadata.get("format") == FORMAT, f"format {metadata.get('format')}, not {FORMAT}")
+        _require(metadata.pop("sha256", None) == _digest(metadata, stored), "its sha256 is wrong")
         P = Partition(*(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric")))
-        entries, theta = json.loads(metadata["manifest"]), stored.pop("theta")
-        manifest = {rename.get(name, name): tuple(shape) for name, shape in entries}
-        _require(sum(map(math.prod, manifest.values())) == P.N, "its manifest does not add up to N")
-        good = theta.dtype == torch.float32 and theta.shape == (P.d,)
-        _require(good, f"its theta is {theta.dtype} {[*theta.shape]}, not float32 [{P.d}]")
+        manifest = [(rename.get(n, n), tuple(s)) for n, s in json.loads(metadata["manifest"])]
+        got = f"{(theta := stored.pop('theta')).dtype} {[*theta.shape]}"
+        _require(got == f"torch.float32 [{P.d}]", f"its theta is {got}, not float32 [{P.d}]")
         _require(all(t.isfinite().all() for t in [theta, *stored.values()]), "it has NaN or inf")
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is no usable adapter file: {error}") from error
     heads = {rename.get(name, name): t for name, t in stored.items()}
     own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
-    for name, shape in [*manifest.items(), *((name, (*t.shape,)) for name, t in heads.items())]:
+    for name, shape in [*manifest, *((name, (*t.shape,)) for name, t in heads.items())]:
         here = tuple(own[name].shape) if name in own else "nothing; rename={stored: here} maps it"
         _require(here == shape, f"{path} has {name} of shape {shape}, the model has {here}")
+    weights = {name: own[name] for name, _ in manifest}
+    whole = len(weights) == len(manifest) and sum(w.numel() for w in weights.values()) == P.N
+    _require(whole, f"{path}: its manifest repeats a name or does not add up to N = {P.N}")
     if isinstance(g := model._modules.get("gpart"), GPart):
         _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
-        theirs, ours = (P, [*manifest.items()], {*heads}), (g.partition, g.manifest, {*g.saved})
+        theirs, ours = (P, manifest, {*heads}), (g.partition, g.manifest, {*g.saved})
         _require(theirs == ours, f"{path} has {theirs}, the model {ours}: detach(model) first")
     else:
-        g = GPart(model, P, {name: own[name] for name in manifest}, heads, fused=True)
+        g = GPart(model, P, weights, heads, fused=True)
     with torch.no_grad():
         g.theta.copy_(theta)
         for name, t in heads.items():
