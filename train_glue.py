@@ -332,7 +332,7 @@ def train(
     quiet = not accelerator.is_main_process
     bar = tqdm(total=args.steps, initial=start, desc=f"seed {seed}", disable=quiet)
     for step in range(start + 1, args.steps + 1):
-        torch.manual_seed((seed << 40) + step * ranks + rank)  # of the dropout
+        torch.manual_seed((seed * 1_000_003 + step * ranks + rank) % 2**63)  # of the dropout
         model.train()
         loss = model(**bench.encode([train_rows[i] for i in plan[step - 1][rank::ranks]])).loss
         accelerator.backward(loss)
@@ -419,17 +419,14 @@ def parser() -> Parser:
 
 def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
     """Fill in what the command line left open, from Table 6 or from the budget."""
-    head_lr, length, budget = 1e-3, 128, 200
+    head_lr, length = 1e-3, 128
     if args.paper:
         epochs, head_lr = TASKS[args.task].large if layers >= 24 else TASKS[args.task].base
         args.epochs, length = args.epochs or epochs, 128 if layers >= 24 else 512
     args.lr = args.lr or (5e-5 if args.method == "full" else 5e-3)
     args.head_lr, args.max_length = args.head_lr or head_lr, args.max_length or length
-    if args.epochs:
-        budget = args.epochs * max(1, rows // args.batch_size)
-    args.steps = min(budget, args.max_steps) if args.max_steps and args.epochs else budget
-    if args.max_steps and not args.epochs:
-        args.steps = args.max_steps
+    whole = args.epochs and args.epochs * max(1, rows // args.batch_size)
+    args.steps = min((n for n in (whole, args.max_steps) if n), default=200)
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -503,6 +500,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(args.model))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         settings = {key: v for key, v in vars(args).items() if key not in ("output", "resume")}
+        settings["data"] = source  # a run begun on toy data must not go on with other data
         output = output_folder(args)
         finished, checkpoint = output / "results.json", output / "checkpoint.pt"
         for path in (finished, checkpoint):
@@ -520,15 +518,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator.print(notice)
     bench = Bench(args, TASKS[args.task], tokenizer, accelerator)
 
-    def keep(progress: dict[str, Any]) -> None:
+    def keep(run: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
-            whole = {**state, **progress}
-            atomically(checkpoint, lambda part: torch.save(whole, part))
+            atomically(checkpoint, lambda part: torch.save({**state, "run": run}, part))
 
     for seed in [] if finished.exists() else args.seeds[len(state["done"]) :]:
-        done = lambda run: keep({"run": run})  # noqa: E731
-        model, run = train(bench, seed, train_rows, dev_rows, state["run"], done)
+        model, run = train(bench, seed, train_rows, dev_rows, state["run"], keep)
         run["metric"] = bench.evaluate(model, test_rows)
         name = "adapter.safetensors" if len(args.seeds) == 1 else f"adapter-seed{seed}.safetensors"
         if accelerator.is_main_process:
