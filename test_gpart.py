@@ -1530,6 +1530,12 @@ def test_seeds_give_median_and_deviation(toy: Any) -> None:
     assert [run["adapter"] for run in three["runs"]] == adapters
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31, 20261122])
+def test_any_seed_will_do(toy: Any, seed: int) -> None:
+    """A date, a negative number or a large one seeds a run."""
+    assert toy("--task", "rte", "--seeds", str(seed))["runs"][0]["seed"] == seed
+
+
 def test_saved_adapter_must_reproduce_the_metric(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter file that is not what was trained fails the run, and no results are written."""
     whole = train_glue.load_adapter
@@ -1628,6 +1634,17 @@ def test_nothing_is_overwritten(toy: Any, capsys: pytest.CaptureFixture[str]) ->
     toy("--task", "rte")
     toy("--task", "rte")
     assert sorted(os.listdir("runs")) == ["rte-gpart-d100", "rte-gpart-d100-2"]
+
+
+def test_resume_never_mixes_data(toy: Any, monkeypatch: Any, capsys: Any) -> None:
+    """A run that began on other data is not gone on with."""
+    read = train_glue.read_data
+    with monkeypatch.context() as patch:
+        patch.setattr(train_glue, "read_data", lambda args: (*read(args)[:2], "toy"))
+        toy("--task", "rte", "--output", "out")
+    with pytest.raises(SystemExit):
+        toy("--task", "rte", "--output", "out", "--resume")
+    assert "was run with another data: use the same" in capsys.readouterr().err
 
 
 def test_toy_run_cannot_be_mistaken(toy: Any, monkeypatch: Any, capsys: Any) -> None:
