@@ -149,8 +149,7 @@ class Partition:
 
     def scale(self, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """1/sqrt(n_j), or n_j^0 = 1, [d]: rounded from float64 on the host, equal on any device."""
-        n = self.sizes().double().pow(self.isometric)
-        return n.sqrt().reciprocal().to(dtype).to(device)
+        return self.sizes().double().pow(self.isometric).sqrt().reciprocal().to(dtype).to(device)
 
     def expand(self, theta: Tensor) -> Tensor:
         """P @ theta: [d] -> [N], in promote(theta's dtype, float32)."""
@@ -188,10 +187,9 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, w, *parts = ctx.saved_tensors  # products are in grad_y's dtype, which autocast may set
-        need_x, _, need_b, *_ = ctx.needs_input_grad
-        grad_x = (grad_y @ add_update(w, *parts).to(grad_y)).to(x) if need_x else None  # [..., in]
+        grad_x = grad_y @ add_update(w, *parts).to(grad_y) if ctx.needs_input_grad[0] else None
         rows = grad_y.reshape(-1, len(w))  # [..., out] -> [n, out]
-        grad_b = rows.sum(0) if need_b else None  # [n, out] -> [out]
+        grad_b = rows.sum(0) if ctx.needs_input_grad[2] else None  # [n, out] -> [out]
         grad_w = rows.T @ x.reshape(-1, w.shape[1]).to(rows)  # [out, n] @ [n, in]
         grad_theta = reduce(grad_w.flatten(), *parts[1:]).to(parts[0])  # [out * in] -> [d]
         return grad_x, grad_w.to(w), grad_b, grad_theta, None, None
@@ -205,7 +203,8 @@ class Adapted(nn.Module):
     def __getattr__(self, name: str) -> Any:
         w: Any = super().__getattr__(name)
         g, names, _ = self.__dict__["_adapter"]  # GPart, {attribute: name}, the class before
-        return add_update(w, *g.parts(names[name], w)) if g.active and name in names else w
+        adapted = g.active and name in names and not hasattr(w, "full_tensor")  # a shard of FSDP2's
+        return add_update(w, *g.parts(names[name], w)) if adapted else w
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -214,7 +213,7 @@ class AdaptedLinear(Adapted, nn.Linear):
     def forward(self, input: Tensor) -> Any:
         g, names, _ = self.__dict__["_adapter"]
         w = self._parameters["weight"]
-        if not g.active:
+        if not g.active or "weight" not in names:
             return super().forward(input)
         return FusedLinear.apply(input, w, self.bias, *g.parts(names["weight"], w))  # type: ignore[no-untyped-call]
 
@@ -240,8 +239,7 @@ class GPart(nn.Module):
         self.partition, self.scale = P, P.scale(w.device)
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         self.manifest = [(name, tuple(w.shape)) for name, w in weights.items()]
-        self.saved = [*saved]  # state_dict keys of modules_to_save
-        self.active = True  # False while merged or disabled
+        self.saved, self.active = [*saved], True  # modules_to_save's keys; not merged or disabled
         self.pretrained: dict[str, Tensor] = {}  # copies of the weights while merged
         self.flags = {name: w.requires_grad for name, w in model.named_parameters()}
         for module in model.modules():
@@ -276,6 +274,9 @@ class GPart(nn.Module):
     def forward(self, x: Any) -> Any:
         """The identity: a model that is an nn.Sequential calls its adapter as one more layer."""
         return x
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError("nn.DataParallel would lose the adapter: use DistributedDataParallel")
 
     def extra_repr(self) -> str:
         return f"{self.partition}, merged={bool(self.pretrained)}"
@@ -322,7 +323,7 @@ def attach(
 def _match(model: nn.Module, names: Any, argument: str, skip: Any = ()) -> dict[str, nn.Module]:
     """{path: module} of what names mean, in named_modules order, outside the modules in skip."""
     modules, found = dict(model.named_modules()), set()
-    for name in [names] if isinstance(names, str) else names:
+    for name in [names] if isinstance(names, str) else names or ():
         hits = {path for path in modules if f".{path}".endswith(f".{name}")}
         if name == "all-linear":
             ms = [*modules.values()]
@@ -353,10 +354,9 @@ def merge(model: nn.Module) -> None:
     g, weights = _attached(model)
     _require(g.active, "merged or disabled already: unmerge(model), or leave the disabled block")
     _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
+    g.pretrained, g.active = {name: w.clone() for name, w in weights.items()}, False
     for name, w in weights.items():
-        g.pretrained[name] = w.clone()
         w.copy_(add_update(w, *g.parts(name, w)))
-    g.active = False
 
 
 @torch.no_grad()
@@ -365,8 +365,8 @@ def unmerge(model: nn.Module) -> None:
     g, weights = _attached(model)
     _require(g.pretrained, "the adapter is not merged: merge(model) comes first")
     for name, w in weights.items():
-        w.copy_(g.pretrained.pop(name))
-    g.active = True
+        w.copy_(g.pretrained[name])
+    g.pretrained, g.active = {}, True
 
 
 _merge = merge  # detach has an argument of that name
@@ -388,7 +388,7 @@ def detach(model: nn.Module, merge: bool = False) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model runs on its pretrained weights, bit for bit."""
+    """Inside the block the weights are the pretrained ones, bit for bit; modules_to_save stay."""
     g, _ = _attached(model)
     active, merged = g.active, bool(g.pretrained)
     if merged:
@@ -464,12 +464,13 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
         here = tuple(own[name].shape) if name in own else "nothing; rename={stored: here} maps it"
         _require(here == shape, f"{path} has {name} of shape {shape}, the model has {here}")
     weights = {name: own[name] for name, _ in manifest}
-    whole = len(weights) == len(manifest) and sum(w.numel() for w in weights.values()) == P.N
+    unique = len(weights) == len(manifest) and len(heads) == len(stored)
+    whole = unique and sum(w.numel() for w in weights.values()) == P.N
     _require(whole, f"{path}: its manifest repeats a name or does not add up to N = {P.N}")
     if isinstance(g := model._modules.get("gpart"), GPart):
         _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
-        theirs, ours = (P, manifest, {*heads}), (g.partition, g.manifest, {*g.saved})
-        _require(theirs == ours, f"{path} has {theirs}, the model {ours}: detach(model) first")
+        for new, old in ((P, g.partition), ({*heads}, {*g.saved}), (manifest, g.manifest)):
+            _require(new == old, f"{path} has {new}, the model {old}: detach(model) first")
     else:
         g = GPart(model, P, weights, heads, fused=True)
     with torch.no_grad():

@@ -1153,6 +1153,50 @@ def test_load_refuses_another_partition(kwargs, file):
         load(model, file)
 
 
+def test_failed_merge_loses_nothing(monkeypatch):
+    """Out of memory halfway through merge: unmerge still gives the pretrained bits."""
+    model, _ = MODELS["bert"].adapted()
+    before, whole, calls = snapshot(model), gpart.add_update, itertools.count()
+
+    def scarce(*args: Any) -> Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return whole(*args)
+
+    monkeypatch.setattr(gpart, "add_update", scarce)
+    with pytest.raises(MemoryError):
+        merge(model)
+    with pytest.raises(ValueError, match="merged or disabled already"):
+        merge(model)
+    unmerge(model)
+    assert snapshot(model) == before
+
+
+@FUSED
+def test_a_shared_bias_moves_in_both_layers(fused):
+    """A Linear that was not matched and shares only an adapted bias runs with that bias."""
+    model = variant("sequential").model()
+    model[2] = nn.Linear(24, 24)
+    model[2].bias = model[0].bias
+    g = attach(model, 5, target_modules="0", bias=True, fused=fused)
+    g.theta.data.fill_(1.0)
+    b, x = model[0]._parameters["bias"] + g.delta()["0.bias"], normal(2, 24)
+    assert_close(model[2](x), nn.functional.linear(x, model[2].weight, b))
+
+
+def test_data_parallel_is_refused():
+    """nn.DataParallel's replicas would read the frozen weights: an error, not silence."""
+    model, _ = variant("sequential", fused=False).adapted()
+    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+        [m._replicate_for_data_parallel() for m in model.modules()]
+
+
+def test_rename_refuses_to_merge_two_names(file):
+    """Two stored heads renamed to one: an error, not the loss of one."""
+    with refused(model := NET.model(), "repeats a name"):
+        load(model, file, rename={"head.1.weight": "head.1.bias"})
+
+
 # --- 7. Where peers fail (uneven groups and shifted seeds are in test_properties.py) ---
 def test_paper_code_transposes_the_square_conv1d_merge():
     """GPT-2's attn.c_proj is square: a transposed update fits, and is wrong; ours is right."""
@@ -1607,6 +1651,8 @@ def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
         ("--task rte --lr 0", "--lr: must be more than 0"),
         ("--task rte --batch-size few", "--batch-size: invalid number value: 'few'"),
         ("--task rte --partition-seed -1", "seed must be in 0"),
+        ("--task rte --weight-decay -1", "--weight-decay must be 0 or more"),
+        ("--task rte --paper", "--paper needs the real data, and --data-dir is the toy tasks"),
     ],
 )
 def test_bad_command_line_is_one_clear_line(
@@ -1640,7 +1686,7 @@ def test_resume_never_mixes_data(toy: Any, monkeypatch: Any, capsys: Any) -> Non
     """A run that began on other data is not gone on with."""
     read = train_glue.read_data
     with monkeypatch.context() as patch:
-        patch.setattr(train_glue, "read_data", lambda args: (*read(args)[:2], "toy"))
+        patch.setattr(train_glue, "read_data", lambda args: (*read(args)[:2], "elsewhere"))
         toy("--task", "rte", "--output", "out")
     with pytest.raises(SystemExit):
         toy("--task", "rte", "--output", "out", "--resume")

