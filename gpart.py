@@ -192,7 +192,7 @@ class FusedLinear(torch.autograd.Function):
         grad_b = rows.sum(0) if ctx.needs_input_grad[2] else None  # [n, out] -> [out]
         grad_w = rows.T @ x.reshape(-1, w.shape[1]).to(rows)  # [out, n] @ [n, in]
         grad_theta = reduce(grad_w.flatten(), *parts[1:]).to(parts[0])  # [out * in] -> [d]
-        return grad_x, grad_w.to(w), grad_b, grad_theta, None, None
+        return grad_x, grad_w, grad_b, grad_theta, None, None
 
 
 # --- 4. Attaching to a model ---

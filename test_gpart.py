@@ -38,6 +38,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -381,12 +382,52 @@ def test_tied_embeddings_count_once_and_move_everywhere():
     assert model.lm_head.weight is model.shared.weight  # still one parameter
 
 
+def test_a_tied_parameter_may_go_by_any_of_its_names(tmp_path):
+    """A target that is only the second owner of a tied weight: attached, merged, saved, loaded."""
+    pristine = nn.Sequential(collections.OrderedDict(a=nn.Linear(4, 4), b=nn.Linear(4, 4)))
+    pristine.b.weight = pristine.a.weight
+    attach(model := copy.deepcopy(pristine), 5, target_modules="b").theta.data.fill_(1.0)
+    y = model(normal(2, 4))
+    save(model, tmp_path / "a.safetensors")
+    load(other := copy.deepcopy(pristine), tmp_path / "a.safetensors")
+    assert model.gpart.manifest == other.gpart.manifest == [("b.weight", (4, 4))]
+    for m in (model, other):
+        merge(m)
+        assert torch.equal(m(normal(2, 4)), y) and m.a.weight is m.b.weight
+        detach(m)
+        assert torch.equal(m.b.weight, pristine.b.weight)
+
+
 def test_encoder_fast_path_is_taken():
     """The laws above cover torch's C++ layer: without grad torch-encoder runs it, twice."""
     real = torch._transformer_encoder_layer_fwd
     with mock.patch.object(torch, "_transformer_encoder_layer_fwd", wraps=real) as layer:
         MODELS["torch-encoder"](MODELS["torch-encoder"].adapted()[0])
     assert layer.call_count == 2
+
+
+def test_the_fused_path_is_the_default():
+    """attach(model, d) puts nn.Linear on the fused path, and so does load."""
+    attach(model := two_layers(), 5, target_modules=ALL)
+    assert [type(m) for m in model[::2]] == [gpart.AdaptedLinear] * 2
+
+
+def test_detach_leaves_alone_what_came_after_attach():
+    """A parameter that was added later keeps its own requires_grad."""
+    attach(model := two_layers(), 5, target_modules=ALL)
+    model.late = nn.Linear(2, 2)
+    model.late.bias.requires_grad_(False)
+    detach(model)
+    assert trainable(model)[-1] == "late.weight"
+
+
+def test_the_adapter_says_what_it_is():
+    """print(model.gpart) shows N, d, the seed, and whether it is merged."""
+    g = NET.attach(model := NET.model())
+    shown = "GPart(Partition(N=533, d=37, seed=0, isometric=True), merged="
+    assert repr(g) == f"{shown}False)"
+    merge(model)
+    assert repr(g) == f"{shown}True)"
 
 
 def test_keyword_arguments_stay():
@@ -465,13 +506,18 @@ def test_gradient_is_summed_in_float32(fused):
 
 @FUSED
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "torch-encoder-train"])
-def test_autocast_equals_the_merged_model(name, fused):
-    """Under autocast: the merged model's output, bit for bit, and the dense oracle's gradient."""
+@pytest.mark.parametrize("inside", [False, True], ids=["backward after", "backward inside"])
+def test_autocast_equals_the_merged_model(inside, name, fused):
+    """Under autocast: the merged model's output, bit for bit, and the dense oracle's gradient,
+    whether backward runs after the autocast block, as it should, or inside."""
     model, g = (case := variant(name, fused=fused)).adapted()
     dense = oracle(case.pristine, g).requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        backward(case(model, grad=True))
-        backward(case(dense, grad=True))
+        outputs = case(model, grad=True), case(dense, grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+        for y in outputs:
+            backward(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         y = case(model)
         merge(model)
         assert torch.equal(case(model), y)
@@ -584,6 +630,59 @@ def test_casts_move_the_weights_and_not_theta(cast, name):
         assert {k: sha256(w) for k, w in m.state_dict().items() if k != "gpart.theta"} == base
 
 
+@pytest.mark.parametrize("isometric", [True, False])
+@pytest.mark.parametrize("moved", ["before attach", "after attach"])
+@FUSED
+def test_everything_is_where_the_weights_are(fused, moved, isometric, monkeypatch):
+    """Elsewhere than on the CPU: theta, ids, scale, P, P^T, updates and gradients are there too."""
+    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: i)  # a meta tensor has no values
+    model = variant("sequential").model()
+    if moved == "before attach":
+        model.to("meta")
+    g = attach(model, D, target_modules=ALL, bias=True, isometric=isometric, fused=fused)
+    model.to("meta")
+    model(x := normal(2, 16).to("meta").requires_grad_()).sum().backward()
+    P, delta = g.partition, g.delta()
+    tensors = [g.theta, g.theta.grad, x.grad, g.scale, *g.ids.values(), *delta.values()]
+    tensors += [P.expand(g.theta), P.reduce(torch.ones(P.N, device="meta")), g.project(delta)]
+    assert {t.device.type for t in tensors} == {"meta"}
+
+
+@FUSED
+def test_a_model_on_two_devices(fused, monkeypatch):
+    """theta goes to the layer's device, and the gradient would come back to theta's."""
+    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: i)
+    g = attach(model := two_layers(), 5, target_modules="0", fused=fused)
+    model[0].to("meta")
+    y, there = model[0](normal(2, 16).to("meta")), {k: w.to("meta") for k, w in g.delta().items()}
+    assert y.device.type == "meta" and g.theta.device.type == "cpu"
+    for hear in (lambda: y.sum().backward(), lambda: g.project(there)):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
+            hear()
+
+
+@FUSED
+@pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="FSDP2 came with torch 2.6")
+def test_sharded_model_computes_and_saves_the_same(fused, file):
+    """Under FSDP2's fully_shard, weights and theta are shards: gradient, file and digest stay."""
+    whole, model = trained(fused=fused), trained(fused=fused)
+    backward(NET(whole, grad=True))
+    before = read(file)[0]["sha256"]
+    dist = torch.distributed
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*model.body, model):
+            fsdp.fully_shard(module, mesh=mesh)
+        backward(NET(model, grad=True))
+        assert type(model.gpart.theta).__name__ == "DTensor"
+        assert_close(model.gpart.theta.grad.full_tensor(), whole.gpart.theta.grad)
+        save(model, file)
+    finally:
+        dist.destroy_process_group()
+    assert read(file)[0]["sha256"] == before
+
+
 def test_deepcopy_is_independent(case):
     """A deepcopy computes the same, and from then on neither model follows the other."""
     model, g = case.adapted()
@@ -690,6 +789,13 @@ def test_matching(targets, saved, expected, bias):
     assert g.manifest == [(name, tuple(own[name].shape)) for name in names if name in own]
     whole = tuple(f"{name}." for name in ([saved] if isinstance(saved, str) else saved))
     assert trainable(model) == [n for n in own if n.startswith(whole) or n == "gpart.theta"]
+
+
+def test_a_match_is_the_module_and_not_what_is_in_it():
+    """A matched module with children gives its own weight and no other."""
+    model = nn.ModuleDict({"outer": nn.Linear(3, 3)})
+    model["outer"].add_module("inner", nn.Linear(3, 3))
+    assert attach(model, 2, target_modules="outer").manifest == [("outer.weight", (3, 3))]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "t5-tied"])
@@ -803,7 +909,7 @@ def test_rename_bridges_releases(file):
     other = dataclasses.replace(NET, build=lambda: Net("trunk")).model()
     names = [name for name, _ in json.loads(read(file)[0]["manifest"])]
     rename = {name: name.replace("body", "trunk") for name in names}
-    with refused(other, r"body\.0\.weight.*rename"):
+    with refused(other, r"body\.0\.weight .* nothing; rename={stored: here} maps it$"):
         load(other, file)
     with refused(other, r"old\.weight.*rename"):
         load(other, file, rename)
@@ -850,6 +956,39 @@ def test_stored_theta_is_float32_for_any_model(dtype, file):
     load(model := NET.model().to(dtype), file)
     assert model.head[0].weight.dtype == tensors["head.0.weight"].dtype == dtype
     assert torch.equal(model.head[0].weight, tensors["head.0.weight"])
+
+
+def test_heads_may_have_any_memory_format(file):
+    """A channels_last head is stored like any other, and the model keeps its layout."""
+    head = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": head})
+    other = copy.deepcopy(model)
+    attach(model, 2, target_modules="body", modules_to_save="head")
+    save(model, file)
+    load(other, file)
+    assert torch.equal(read(file)[1]["head.weight"], head.weight)
+    assert other["head"].weight.stride() == head.weight.stride() != (12, 4, 2, 1)
+
+
+def test_a_model_without_a_name_has_an_empty_one(file):
+    """base_model_name_or_path is always there."""
+    save(MODELS["sequential"].adapted()[0], file)
+    assert read(file)[0]["base_model_name_or_path"] == ""
+
+
+def test_save_writes_beside_the_target_only(file, monkeypatch):
+    """All of its writing happens in a hidden folder in path's own: renaming needs one disk."""
+    seen, real = [], safetensors.torch.save_file
+    monkeypatch.setattr(
+        safetensors.torch, "save_file", lambda t, path, m: real(t, seen.append(path) or path, m)
+    )
+    monkeypatch.chdir(file.parent)
+    for path in (file, file.name):
+        save(trained(), path)
+    for part in map(pathlib.Path, seen):
+        assert part.parent.name.startswith(".gpart-")
+        assert part.parent.parent.resolve() == file.parent.resolve()
+    assert len(seen) == 2 and [*file.parent.iterdir()] == [file]
 
 
 def test_file_size_is_four_bytes_per_theta(file):
@@ -906,6 +1045,7 @@ def put_name(name: Any) -> Any:
 HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "newer format": (put(format="gpart-v2"), "format gpart-v2, not gpart-v1"),
     "no format": (lambda m, t: m.pop("format"), "format None, not gpart-v1"),
+    "theta NaN or infinite": (put_theta(lambda t: t * math.nan), ": it has NaN or inf$"),
     "d wrong": (put(d="36"), r"theta is torch.float32 \[37\], not float32 \[36\]"),
     "d over N": (put(d="534"), "d must be in 1..N = 1..533, got 534"),
     "seed too large": (put(seed=str(2**64)), "seed must be in"),
@@ -991,6 +1131,16 @@ def test_damaged_file_is_refused(file):
     load(model, file)
 
 
+@pytest.mark.parametrize("digest", [None, "0" * 64])
+def test_digest_is_required(digest, file):
+    """Without its sha256, or with another, a file is refused for that."""
+    metadata, tensors = read(file)
+    del metadata["sha256"]
+    save_file(tensors, file, metadata | ({"sha256": digest} if digest else {}))
+    with refused(model := NET.model(), "no usable adapter file: its sha256 is wrong$"):
+        load(model, file)
+
+
 def test_missing_file_is_an_os_error(file):
     """A wrong path is no damaged file: FileNotFoundError; a folder is an OSError as well."""
     model = NET.model()
@@ -1027,7 +1177,10 @@ WRONG = {
     "d over int32": ({"d": 2**31}, "got 2147483648"),
     "seed negative": ({"seed": -1}, "seed must be in 0..18446744073709551615, got -1"),
     "seed too large": ({"seed": 2**64}, "got 18446744073709551616"),
-    "no match": ({"target_modules": "query"}, "target_modules: no module matches 'query' among 0"),
+    "no match": (
+        {"target_modules": "query"},
+        "^target_modules: no module matches 'query' among 0, 2, 1$",  # the last names of modules
+    ),
     "one without match": ({"target_modules": [ALL, "nope"]}, "no module matches 'nope'"),
     "part of a name": ({"target_modules": "bod"}, "no module matches 'bod'"),
     "no targets": ({"target_modules": []}, None),
@@ -1056,7 +1209,8 @@ UNFIT = {
         lambda m: setattr(m.body[0], "weight", m.head[0].weight),
         "body.0.weight is tied to modules_to_save",
     ),
-    "attached": (NET.attach, "has an adapter already: detach"),
+    "attached": (NET.attach, "^the model has an adapter already: detach.model. first$"),
+    "something called gpart": (lambda m: setattr(m, "gpart", nn.ReLU()), "has an adapter already"),
     "attached inside": (lambda m: attach(m.body, 3, target_modules=ALL), "has an adapter already"),
 }
 
@@ -1078,14 +1232,22 @@ def test_wrong_lengths_are_refused(wrong):
         Partition(N=12, d=5).reduce(torch.ones(wrong))
 
 
+@pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 13), (13, None)])
+def test_slices_outside_are_refused(start, stop):
+    """groups takes 0 <= start <= stop <= N."""
+    with pytest.raises(ValueError, match=rf"^need 0 <= {start=} <= stop=\d+ <= N = 12$"):
+        Partition(N=12, d=5).groups(start, stop)
+
+
 def test_project_refuses_other_names_and_shapes():
     """project takes the manifest's names and shapes, no more and no fewer."""
     g = NET.attach(NET.model())
     w, good = "body.0.weight", g.delta()
     less = {key: dw for key, dw in good.items() if key != w}
     for bad in ({}, less, {**good, "x": normal(2)}, {**good, w: good[w].T}):
-        with pytest.raises(ValueError, match="project needs exactly the manifest"):
+        with pytest.raises(ValueError, match="project needs exactly the manifest") as error:
             g.project(bad)
+        assert str(error.value).count(", (") <= 3  # two examples (name, (shape,)) at most
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
@@ -1121,7 +1283,7 @@ def test_states_do_not_stack(file):
     merge(model)
     with refused(model, "merged or disabled already: unmerge"):
         merge(model)
-    with refused(model, "merged: unmerge"):
+    with refused(model, r"^the adapter is merged: unmerge\(model\) before loading another$"):
         load(model, file)
     unmerge(model)
     assert snapshot(model) == snapshot(trained())
@@ -1190,7 +1352,8 @@ def test_a_shared_bias_moves_in_both_layers(fused):
 def test_data_parallel_is_refused():
     """nn.DataParallel's replicas would read the frozen weights: an error, not silence."""
     model, _ = variant("sequential", fused=False).adapted()
-    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+    message = "^nn.DataParallel would lose the adapter: use DistributedDataParallel$"
+    with pytest.raises(ValueError, match=message):
         [m._replicate_for_data_parallel() for m in model.modules()]
 
 

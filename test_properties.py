@@ -199,6 +199,7 @@ def test_columns_are_orthonormal(P: Partition, seed: int) -> None:
     """P^T P = I_d (Eq. 8)."""
     dense = P.dense()
     assert_close(dense.T @ dense, torch.eye(P.d, dtype=torch.float64))
+    assert torch.equal(P.dense(torch.float32), dense.float())
 
 
 @for_all(False)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mutants.sh runs before and after mutmut.
+
+python experiments/mutants.py prepare FOLDER   gpart.py and mutmut's settings, into FOLDER
+python experiments/mutants.py report FOLDER    the score, the survivors, the named bugs: Markdown
+
+A survivor that REASONS does not explain, or a named bug that fewer than two tests notice, makes
+report exit with 1.
+"""
+
+import ast
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the mutants face: not what is slow, not what is about other files or the text of gpart.py,
+# and of the exhaustive tests and the fifteen architectures only those that cost little.
+SKIP = ("official", "toy", "short", "imports_only", "doctests", "all_small_products")
+SKIP += ("all_small_entries", "vit", "mpnet", "qwen2", "golden_vectors and 14155776")
+SELECTION = ["-m", "not slow", "-k", " and ".join(f"not ({words})" for words in SKIP)]
+
+BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what the bug says)]}
+    "scale 1/n instead of 1/sqrt(n)": [(".sqrt().reciprocal()", ".reciprocal()")],
+    "group offset one too low from the second layer on": [
+        (
+            "P.groups(n, n := n + w.numel(), w.device)",
+            "P.groups(n - (n > 0), (n := n + w.numel()) - (len(self.ids) > 0), w.device)",
+        )
+    ],
+    "bias gradient lost": [("rows.sum(0) if ctx.needs_input_grad[2] else None", "None")],
+    "reduce in the gradient's dtype": [
+        (
+            "torch.zeros_like(scale).index_add(0, ids, w.to(scale)) * scale",
+            "torch.zeros_like(scale, dtype=w.dtype).index_add(0, ids, w).to(scale) * scale",
+        )
+    ],
+    "merge adds twice": [
+        (
+            "w.copy_(add_update(w, *g.parts(name, w)))",
+            "w.copy_(add_update(add_update(w, *g.parts(name, w)), *g.parts(name, w)))",
+        )
+    ],
+    "cycle walking stops after one step": [
+        ("x[spare] = permute(x[spare], N, seed)", "x[spare] = permute(x[spare], a * b, seed)")
+    ],
+    "seed ignored above 32 bits": [
+        ("(seed + t * 0x9E3779B97F4A7C15)", "(seed % 2**32 + t * 0x9E3779B97F4A7C15)")
+    ],
+    "order of the manifest ignored on load": [
+        (
+            "weights = {name: own[name] for name, _ in manifest}",
+            "weights = {name: w for name, w in own.items() if name in dict(manifest)}",
+        )
+    ],
+    "grad_x from W instead of W + P theta": [
+        ("grad_y @ add_update(w, *parts).to(grad_y)", "grad_y @ w.to(grad_y)")
+    ],
+    "theta captured at attach": [
+        (
+            "self.theta = nn.Parameter(torch.zeros_like(self.scale))",
+            "self.theta = self.__dict__['captured'] = nn.Parameter(torch.zeros_like(self.scale))",
+        ),
+        ("return self.theta, self.ids[name]", "return self.captured, self.ids[name]"),
+    ],
+}
+REASONS: dict[str, str] = {}  # {what the mutant's line says: why no test can tell}
+
+
+def unwrapped(source: str) -> str:
+    """source with `@f` above a function turned into `g = f(g)` below it, since mutmut leaves
+    decorated functions as they are: merge, unmerge and disabled are among them."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            (decorator,) = map(ast.unparse, node.decorator_list)
+            lines.insert(node.end_lineno or 0, f"\n\n{node.name} = {decorator}({node.name})")
+            del lines[node.decorator_list[0].lineno - 1]
+    return "\n".join(lines) + "\n"
+
+
+def broken(source: str, changes: list[tuple[str, str]]) -> str:
+    """source with a named bug put in; ValueError if source no longer says what the bug replaces."""
+    for old, new in changes:
+        if source.count(old) != 1:
+            raise ValueError(f"gpart.py says {source.count(old)} times, not once: {old}")
+        source = source.replace(old, new)
+    return source
+
+
+def prepare(folder: Path) -> None:
+    text = unwrapped((ROOT / "gpart.py").read_text())
+    if not (folder / "gpart.py").exists() or (folder / "gpart.py").read_text() != text:
+        (folder / "gpart.py").write_text(text)
+    settings = f"""
+[tool.mutmut]
+source_paths = ["gpart.py"]
+also_copy = ["train_glue.py", "toy_glue"]
+pytest_add_cli_args_test_selection = {["test_gpart.py", "test_properties.py", *SELECTION]}
+"""
+    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+
+
+def mutmut(folder: Path, *args: str) -> str:
+    command = [sys.executable, "-m", "mutmut", *args]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def caught(folder: Path, changes: list[tuple[str, str]]) -> list[str]:
+    """The tests that fail with a named bug in gpart.py."""
+    there = folder / "named"
+    there.mkdir(exist_ok=True)
+    for name in ("test_gpart.py", "test_properties.py", "train_glue.py", "pyproject.toml"):
+        (there / name).write_bytes((ROOT / name).read_bytes())
+    (there / "gpart.py").write_text(broken((ROOT / "gpart.py").read_text(), changes))
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", *SELECTION]
+    run = subprocess.run(command, cwd=there, capture_output=True, text=True, env={**os.environ})
+    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", run.stdout, re.MULTILINE)))
+
+
+def report(folder: Path) -> bool:
+    """Print results/mutants.md; True if all is explained."""
+    results = re.findall(r"(\S+): (\w[\w ]*)$", mutmut(folder, "results", "--all", "true"), re.M)
+    if unfinished := [name for name, outcome in results if outcome == "not checked"]:
+        raise SystemExit(f"{len(unfinished)} mutants were not checked: run mutants.sh again")
+    alive = [name for name, outcome in results if outcome not in ("killed", "timeout")]
+    killed, rows, good = len(results) - len(alive), [], True
+    for name in alive:
+        diff = mutmut(folder, "show", name)
+        old, new = (" ".join(re.findall(rf"^\{sign} *(.*)$", diff, re.M)) for sign in "-+")
+        new = new.split("  #")[0].strip()
+        reason = REASONS.get(new, "**unexplained**")
+        good &= new in REASONS
+        rows.append((name.removeprefix("gpart.").replace("ǁ", "."), new, reason, old))
+    print("# Mutants of gpart.py\n\n`pip install mutmut==3.8.1 && experiments/mutants.sh`, with")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mutmut", "torch")]
+    print(f"{', '.join(versions)}, Python {platform.python_version()}, CPU.\n")
+    print(
+        f"**{killed} of {len(results)} mutants killed: {killed / len(results):.2%}.** Survivors:\n"
+    )
+    print("| mutant | it says | why no test can tell |\n|---|---|---|")
+    for name, new, reason, _ in rows:
+        print(f"| {name} | `{new.replace('|', chr(92) + '|')}` | {reason} |")
+    print("\n## Named bugs\n\nEach put in by hand, against the same tests.\n")
+    print("| bug | tests that fail | among them |\n|---|---|---|")
+    for bug, changes in BUGS.items():
+        tests = caught(folder, changes)
+        good &= len(tests) > 1
+        print(f"| {bug} | {len(tests)} | {', '.join(f'`{t}`' for t in tests[:3])} |", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    action, where = sys.argv[1:]
+    if action == "prepare":
+        prepare(Path(where))
+    elif not report(Path(where)):
+        sys.exit("a survivor is unexplained, or a named bug is noticed by fewer than two tests")
