@@ -1171,6 +1171,15 @@ def test_wrong_types_are_type_errors(argument, value):
         attach(model, **{"d": 5, "target_modules": ALL, argument: value})
 
 
+@pytest.mark.parametrize(("name", "last"), [("N", 2**62), ("d", 2**31 - 1), ("seed", 2**64 - 1)])
+def test_the_format_has_limits(name, last):
+    """N up to 2^62, d up to 2^31 - 1, seed up to 2^64 - 1, and no further."""
+    sizes = {"N": 2**62, "d": 5, "seed": 0}
+    assert len(Partition(**{**sizes, name: last}).groups(7, 9)) == 2
+    with pytest.raises(ValueError, match=rf"^{name} must be in \d\.\.{last}, got {last + 1}$"):
+        Partition(**{**sizes, name: last + 1})
+
+
 WRONG = {
     "d zero": ({"d": 0}, "d must be in 1..2147483647, got 0"),
     "d over N": ({"d": 520}, "d must be in 1..N = 1..519, got 520"),
