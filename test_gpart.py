@@ -1602,12 +1602,13 @@ def test_quotes_are_text_and_a_byte_order_mark_is_not(tmp_path: pathlib.Path) ->
             "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n1\ta\tb\tyes\n",
             "line 3: label",
         ),
+        ("index\tsentence1\tsentence2\tlabel\n", "has no rows"),
     ],
 )
 def test_malformed_row_is_named(tmp_path: pathlib.Path, text: str, message: str) -> None:
     """A row that does not fit is an error with its file and line."""
     (tmp_path / "x.tsv").write_text(text)
-    with pytest.raises(ValueError, match=rf"x\.tsv, {message}"):
+    with pytest.raises(ValueError, match=rf"x\.tsv,? {message}"):
         train_glue.read_tsv(tmp_path / "x.tsv", train_glue.TASKS["rte"])
 
 
@@ -1636,6 +1637,24 @@ def test_hub_rows_equal_the_official_files(monkeypatch: pytest.MonkeyPatch) -> N
     assert train_glue.read_data(args)[2] == "hub: nyu-mll/glue"
 
 
+@slow
+def test_nobody_waits_for_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look decides, by HF_HUB_OFFLINE or by the network; without a hub nothing is retried."""
+    import datasets
+
+    hub = train_glue.huggingface_hub.constants
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(train_glue.urllib.request, "urlopen", lambda *_, **__: "an answer")
+    for offline in (True, False):
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", offline)
+        assert train_glue.hub_reachable() is not offline
+    monkeypatch.setattr(train_glue.urllib.request, "urlopen", mock.Mock(side_effect=OSError))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_glue.read_hub("rte", train_glue.TASKS["rte"])
+    assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+
+
 def test_unreachable_hub_gives_toy_data_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without data or network: the toy tasks, called so; with --paper never."""
     monkeypatch.setattr(train_glue, "read_hub", lambda *_: 1 / 0)
@@ -1654,6 +1673,13 @@ def test_dev_set_is_a_seeded_tenth() -> None:
     assert train_glue.split(rows, seed=3, most=50) == (train[:50], dev)
     assert train_glue.split(rows, seed=4, most=None)[1] != dev
     assert len(train_glue.split(rows * 100, seed=0, most=None)[1]) == 1000
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_a_dev_set_needs_ten_rows(n: int) -> None:
+    """Fewer rows than ten have no tenth."""
+    with pytest.raises(ValueError, match=f"^{n} training rows are too few to split off a dev set$"):
+        train_glue.split([(("a",), 0.0)] * n, seed=0, most=None)
 
 
 def test_batches_are_whole_epochs() -> None:
@@ -1709,6 +1735,8 @@ def test_default_model_is_the_original_one() -> None:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest == train_glue.MINILM_SHA256
     assert train_glue.model_path("roberta-base") == "roberta-base"
+    with mock.patch.object(train_glue, "MINILM_SHA256", "0" * 64):
+        assert train_glue.model_path(train_glue.MINILM) == train_glue.MINILM
 
 
 @slow
@@ -1760,6 +1788,40 @@ def test_seeds_give_median_and_deviation(toy: Any) -> None:
 def test_any_seed_will_do(toy: Any, seed: int) -> None:
     """A date, a negative number or a large one seeds a run."""
     assert toy("--task", "rte", "--seeds", str(seed))["runs"][0]["seed"] == seed
+
+
+@slow
+def test_a_decoder_classifies(toy: Any, tiny: str) -> None:
+    """GPT-2, which has no padding id and names its head and targets otherwise, trains as well."""
+    words = hf.BertTokenizer.from_pretrained(tiny)
+    config = hf.GPT2Config(**{**GPT2, "vocab_size": len(words)}, bos_token_id=0, eos_token_id=0)
+    hf.GPT2Model(config).save_pretrained("gpt2")
+    words.save_pretrained("gpt2")
+    results = toy("--task", "rte", "--model", "gpt2")
+    assert results["settings"]["target_modules"] == ["c_attn"]
+    assert results["trainable_head"] == 2 * 16
+
+
+@slow
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_a_diverged_run_says_so(toy: Any, task: str) -> None:
+    """Predictions that are never finite end in one line, without an adapter or results."""
+    with pytest.raises(SystemExit, match=r"^training diverged, .* lower --lr$"):
+        toy("--task", task, "--lr", "1e30", "--output", "out")
+    assert os.listdir("out") == ["checkpoint.pt"]
+
+
+@slow
+def test_a_slow_run_is_kept_every_30_seconds(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the 12 dev evaluations too, if a step takes so long."""
+    kept, real = [], train_glue.atomically
+    monkeypatch.setattr(train_glue, "atomically", lambda p, w: (kept.append(p.name), real(p, w)))
+    for seconds, times in ((31, 45), (0, 12)):
+        kept.clear()
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr(train_glue.time, "monotonic", lambda clock=clock: next(clock))
+        toy("--task", "rte", "--max-steps", "45", "--output", f"every-{seconds}")
+        assert kept.count("checkpoint.pt") - 1 == times
 
 
 @slow
