@@ -634,18 +634,22 @@ def test_casts_move_the_weights_and_not_theta(cast, name):
 @pytest.mark.parametrize("moved", ["before attach", "after attach"])
 @FUSED
 def test_everything_is_where_the_weights_are(fused, moved, isometric, monkeypatch):
-    """Elsewhere than on the CPU: theta, ids, scale, P, P^T, updates and gradients are there too."""
-    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: i)  # a meta tensor has no values
+    """Elsewhere than on the CPU: theta, ids, scale, P, P^T, updates and gradients are there too,
+    and the ids of a model that is there at attach are computed there."""
+    seen = []  # meta tensors have no values to permute
+    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: seen.append(i.device.type) or i)
     model = variant("sequential").model()
     if moved == "before attach":
         model.to("meta")
     g = attach(model, D, target_modules=ALL, bias=True, isometric=isometric, fused=fused)
-    model.to("meta")
+    if moved == "after attach":
+        model.to("meta")
+        seen.clear()
     model(x := normal(2, 16).to("meta").requires_grad_()).sum().backward()
     P, delta = g.partition, g.delta()
     tensors = [g.theta, g.theta.grad, x.grad, g.scale, *g.ids.values(), *delta.values()]
     tensors += [P.expand(g.theta), P.reduce(torch.ones(P.N, device="meta")), g.project(delta)]
-    assert {t.device.type for t in tensors} == {"meta"}
+    assert {t.device.type for t in tensors} == {*seen} == {"meta"}
 
 
 @FUSED
@@ -656,6 +660,7 @@ def test_a_model_on_two_devices(fused, monkeypatch):
     model[0].to("meta")
     y, there = model[0](normal(2, 16).to("meta")), {k: w.to("meta") for k, w in g.delta().items()}
     assert y.device.type == "meta" and g.theta.device.type == "cpu"
+    assert [t.device.type for t in g.parts("0.weight", y)] == ["cpu", "meta", "meta"]
     for hear in (lambda: y.sum().backward(), lambda: g.project(there)):
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
             hear()
@@ -982,9 +987,9 @@ def test_save_writes_beside_the_target_only(file, monkeypatch):
     monkeypatch.setattr(
         safetensors.torch, "save_file", lambda t, path, m: real(t, seen.append(path) or path, m)
     )
+    save(trained(), file)
     monkeypatch.chdir(file.parent)
-    for path in (file, file.name):
-        save(trained(), path)
+    save(trained(), file.name)
     for part in map(pathlib.Path, seen):
         assert part.parent.name.startswith(".gpart-")
         assert part.parent.parent.resolve() == file.parent.resolve()
@@ -1207,6 +1212,14 @@ def test_wrong_arguments_are_refused(kwargs, match):
         attach(model, **{"d": 5, "target_modules": ALL, **kwargs})
 
 
+def test_a_wrong_name_gets_twelve_right_ones():
+    """The message lists the last parts of names that have parameters, the first twelve of them."""
+    names = [f"m{k}" for k in range(15)]
+    model = nn.ModuleDict({"outer": nn.ModuleDict({name: nn.Linear(1, 1) for name in names})})
+    with refused(model, f"^target_modules: no module matches 'm' among {', '.join(names[:12])}$"):
+        attach(model, 1, target_modules=["outer.m3", "m"])
+
+
 def put_weight(model: nn.Module, w: Tensor) -> None:
     model.body[0].weight = nn.Parameter(w, requires_grad=False)
 
@@ -1285,12 +1298,13 @@ def test_states_do_not_stack(file):
     """No double merge, unmerge without merge, merge inside disabled, or load while merged; the
     attempts leave no trace."""
     model = trained()
-    with refused(model, "not merged: merge"):
+    twice = r"^merged or disabled already: unmerge\(model\), or leave the disabled block$"
+    with refused(model, r"^the adapter is not merged: merge\(model\) comes first$"):
         unmerge(model)
-    with disabled(model), refused(model, "disabled already"):
+    with disabled(model), refused(model, twice):
         merge(model)
     merge(model)
-    with refused(model, "merged or disabled already: unmerge"):
+    with refused(model, twice):
         merge(model)
     with refused(model, r"^the adapter is merged: unmerge\(model\) before loading another$"):
         load(model, file)
@@ -1304,7 +1318,8 @@ def test_non_finite_theta_goes_nowhere(action, value, file):
     """A diverged theta reaches neither the weights nor the disk."""
     model, before = trained(), file.read_bytes()
     model.gpart.theta.data[3] = value
-    with refused(model, "theta has NaN or infinite"):
+    done = "saved" if action == "save" else "merged"
+    with refused(model, f"^theta has NaN or infinite values: nothing is {done}$"):
         ACTIONS[action](model, file)
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 

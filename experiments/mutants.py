@@ -68,7 +68,35 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
         ("return self.theta, self.ids[name]", "return self.captured, self.ids[name]"),
     ],
 }
-REASONS: dict[str, str] = {}  # {what the mutant's line says: why no test can tell}
+EVEN = "an even number of keys: both halves are equally long"
+FALSY = "None is as false as False"
+CHILDLESS = "a GPart has no submodules to recurse into"
+HIDDEN = "any name will do in a folder of its own, and the file is renamed"
+REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tell}
+    "keys.append((z ^ (z >> 32)) >> 33)": "of z >> 31 and z >> 32 no bit reaches the top 31",
+    "for even, odd in zip(keys[::2], keys[1::2], strict=None):": EVEN,
+    "for even, odd in zip(keys[::2], keys[1::2], ):": EVEN,
+    "for even, odd in zip(keys[::2], keys[1::2], strict=False):": EVEN,
+    "trained = {id(w) for n, w in model.named_parameters(remove_duplicate=None) if n in saved}": (
+        FALSY
+    ),
+    "scale = self.partition.scale(dtype=None) if w.dtype is torch.float64 else self.scale": (
+        "without a cast the scale stays what it was computed in, float64"
+    ),
+    "def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = False) -> Any:": CHILDLESS,
+    "return super()._apply(lambda t: t.to(device), None)": CHILDLESS,
+    "return super()._apply(lambda t: t.to(device), )": CHILDLESS,
+    "device = fn(self.theta.data[:1]).device": "one element goes where none would go",
+    "for name, w in module.named_parameters(path, recurse=None):": FALSY,
+    'g, own = model._modules.get("gpart"), dict(model.named_parameters(remove_duplicate=None))': (
+        FALSY
+    ),
+    "own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=None))}": FALSY,
+    "g.active = None": FALSY,
+    'part = os.path.join(folder, "XXadapter.safetensorsXX")': HIDDEN,
+    'part = os.path.join(folder, "ADAPTER.SAFETENSORS")': HIDDEN,
+    "with open(part, ) as f:": "Linux also flushes a file opened for reading; Windows does not",
+}
 
 
 def unwrapped(source: str) -> str:

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${MUTANTS:-${TMPDIR:-/tmp}/gpart-mutants}
 export HYPOTHESIS_PROFILE=quick HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-mkdir -p "$work"
+mkdir -p "$work" experiments/results
 cp -r test_gpart.py test_properties.py train_glue.py toy_glue "$work"
 python experiments/mutants.py prepare "$work"
 (cd "$work" && mutmut run --max-children 2)
