@@ -908,6 +908,19 @@ def test_load_goes_by_the_manifest_and_not_by_matching(file):
     assert read(file)[0]["sha256"] == digest
 
 
+def test_load_does_not_depend_on_the_order_of_modules(file):
+    """A release that registers the same modules in another order gets the same weights by name."""
+    one, other = Net(), Net()
+    other.load_state_dict(one.state_dict())
+    other.body = nn.Sequential(collections.OrderedDict([*one.body.named_children()][::-1]))
+    NET.attach(one).theta.data.copy_(normal(D))
+    save(one, file)
+    load(other, file)
+    assert [*other.body._modules] == [*one.body._modules][::-1]
+    for name, dw in one.gpart.delta().items():
+        assert torch.equal(other.gpart.delta()[name], dw)
+
+
 def test_rename_bridges_releases(file):
     """rename={stored: here} loads an adapter, head included, where names are spelt otherwise."""
     rewrite(file, lambda m, t: t.update({"old.weight": t.pop("head.0.weight")}))
