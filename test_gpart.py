@@ -910,9 +910,8 @@ def test_load_goes_by_the_manifest_and_not_by_matching(file):
 
 def test_load_does_not_depend_on_the_order_of_modules(file):
     """A release that registers the same modules in another order gets the same weights by name."""
-    one, other = Net(), Net()
-    other.load_state_dict(one.state_dict())
-    other.body = nn.Sequential(collections.OrderedDict([*one.body.named_children()][::-1]))
+    other = copy.deepcopy(one := Net())
+    other.body = nn.Sequential(collections.OrderedDict([*other.body.named_children()][::-1]))
     NET.attach(one).theta.data.copy_(normal(D))
     save(one, file)
     load(other, file)
