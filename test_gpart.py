@@ -873,6 +873,138 @@ def test_save_is_atomic(step, file, monkeypatch):
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
+# Save theta = 2 over the file of theta = 1, stopped at step k = 0, 1, 2, ... until a save runs
+# through. Printed for each k: the theta then found, whether the file is still the old one, what
+# lies beside it, and the theta found after saving theta = 3.
+INTERRUPTED = """
+import ctypes, json, os, pathlib, resource, shutil, signal, sys
+import safetensors.torch, torch, gpart
+
+def model(theta):
+    g = gpart.attach(net := torch.nn.Linear(8, 8), 9, target_modules="all-linear")
+    g.theta.data.fill_(theta)
+    return net
+
+def found():
+    return gpart.load(torch.nn.Linear(8, 8), path).theta[0].item()
+
+def announced(function):
+    def wrapper(*args):
+        sys.audit("gpart.before")
+        function(*args)
+        sys.audit("gpart.after")
+    return wrapper
+
+def python(k):  # the process exits where Python announces its k-th file operation
+    pid = os.fork()
+    if not pid:
+        left = iter(range(k))
+        def hook(event, _):
+            if event == "open" or event.startswith(("os.", "shutil.", "tempfile.", "gpart.")):
+                next(left, None) is None and os._exit(9)
+        safetensors.torch.save_file = announced(safetensors.torch.save_file)
+        os.fsync, os.replace = announced(os.fsync), announced(os.replace)
+        sys.addaudithook(hook)
+        gpart.save(new, path)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+def kernel(k):  # the process is killed as it enters or leaves a system call, the k-th such stop
+    libc, traceme, syscall = ctypes.CDLL(None), 0, 24
+    libc.ptrace.argtypes = [ctypes.c_long] * 4
+    pid = os.fork()
+    if not pid:
+        if libc.ptrace(traceme, 0, 0, 0):
+            os._exit(77)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        gpart.save(new, path)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    for _ in range(k + 1):
+        if os.WIFSTOPPED(status):
+            libc.ptrace(syscall, pid, 0, 0)
+            status = os.waitpid(pid, 0)[1]
+    if os.WIFSTOPPED(status):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return False
+    code = os.WEXITSTATUS(status)
+    assert code in (0, 77)
+    return code == 0 or sys.exit("ptrace is not permitted")
+
+def size(k):  # no file can grow beyond k bytes: a write is cut short there, as on a full disk
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (k, hard))
+    try:
+        gpart.save(new, path)
+        return True
+    except (OSError, safetensors.SafetensorError):
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+path, stop = pathlib.Path(sys.argv[1]), globals()[sys.argv[2]]
+new, third, results, through = model(2.0), model(3.0), [], False
+gpart.save(model(1.0), path)
+old = path.read_bytes()
+while not through:
+    assert len(results) < 1000
+    path.write_bytes(old)
+    through = stop(len(results))
+    beside = sorted({*os.listdir(path.parent)} - {path.name})
+    then, same = found(), path.read_bytes() == old
+    gpart.save(third, path)
+    results.append([then, same, beside, found()])
+    for name in beside:
+        shutil.rmtree(path.parent / name)
+print(json.dumps(results))
+"""
+
+
+def interrupted(how: str, path: pathlib.Path) -> tuple[int, int, bool]:
+    """How many saves that INTERRUPTED stopped left the old file, how many the new one, and whether
+    nothing ever lay beside it. There is no third: the old bytes, or what loads as the new file, at
+    any time, and then the next save works."""
+    results = json.loads(python(INTERRUPTED, path, how))
+    old = sum(same for _, same, _, _ in results)
+    states = [(1.0, True)] * old + [(2.0, False)] * (len(results) - old)
+    assert [(then, same) for then, same, _, _ in results] == states
+    assert all(after == 3.0 for _, _, _, after in results)
+    beside = [name for _, _, names, _ in results for name in names]
+    assert all(name.startswith(".gpart-") for name in beside)
+    return old, len(results) - old, not beside
+
+
+@slow
+def test_killed_save_leaves_the_old_file_or_the_new(tmp_path):
+    """A process that dies at any file operation of save: the old file, then the new one."""
+    old, new, _ = interrupted("python", tmp_path / "adapter.safetensors")
+    assert old > 5 and new > 2
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ptrace as Linux has it")
+def test_save_killed_between_any_two_system_calls(tmp_path):
+    """SIGKILL before and after each system call of save: the old file, then the new one."""
+    try:
+        old, new, _ = interrupted("kernel", tmp_path / "adapter.safetensors")
+    except subprocess.CalledProcessError as error:
+        if "not permitted" not in error.stderr:
+            raise
+        pytest.skip("ptrace is not permitted here")
+    assert old > 20 and new > 10
+
+
+@slow
+def test_save_cut_short_at_any_byte_keeps_the_old_file(tmp_path):
+    """A disk that is full after any number of bytes: an error, the old file, nothing beside it."""
+    path = tmp_path / "adapter.safetensors"
+    old, new, alone = interrupted("size", path)
+    assert (old, new, alone) == (path.stat().st_size, 1, True)
+
+
 def put(**metadata: str) -> Any:
     return lambda m, t: m.update(metadata)
 
