@@ -36,6 +36,8 @@ import pytest
 import safetensors
 import torch
 import transformers as hf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -1053,6 +1055,9 @@ HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "head NaN": (put_head("head.0.bias", torch.full([3], math.nan)), "NaN"),
     "head of wrong shape": (put_head("head.0.bias", torch.ones(4)), "head.0.bias"),
     "head unknown": (put_head("neck.bias", torch.ones(4)), "neck.bias"),
+    "head complex": (put_head("head.0.bias", torch.ones(3).cfloat()), "wrong dtype"),
+    "head integer": (put_head("head.0.bias", torch.ones(3).long()), "wrong dtype"),
+    "buffer not integer": (put_head("head.1.num_batches_tracked", torch.tensor(1.5)), "dtype"),
     "head adapted too": (put_head("body.0.bias", torch.ones(24)), "body.0.bias"),
     "name lacking": (manifest(list.pop), "not add up to N"),
     "name twice": (manifest(lambda m: m.append(m[1])), "repeats a name"),
@@ -1121,6 +1126,282 @@ def test_damaged_file_is_refused(file):
     assert len(content) > 300 and snapshot(model) == before
     file.write_bytes(content)
     load(model, file)
+
+
+def unpack(content: bytes) -> tuple[bytes, bytes]:
+    """A safetensors file is the length of its header in 8 bytes, the header, which is JSON, and the
+    body: (header, body)."""
+    at = 8 + int.from_bytes(content[:8], "little")
+    return content[8:at], content[at:]
+
+
+def pack(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def put_header(old: str, new: str) -> Callable[[bytes], bytes]:
+    """Replace what the pattern old matches in the header."""
+
+    def edit(content: bytes) -> bytes:
+        header, body = unpack(content)
+        header, count = re.subn(old.encode(), new.encode(), header)
+        assert count == 1
+        return pack(header, body)
+
+    return edit
+
+
+def put_claim(**claims: Any) -> Callable[[bytes], bytes]:
+    """Let the header say other things of theta, float32 [37], than are true."""
+
+    def edit(content: bytes) -> bytes:
+        text, body = unpack(content)
+        (header := json.loads(text))["theta"].update(claims)
+        return pack(json.dumps(header).encode(), body)
+
+    return edit
+
+
+def many_tensors(count: int) -> bytes:
+    """A header of many empty tensors."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    return pack(json.dumps({"theta": empty, **{f"x{k}": empty for k in range(count)}}).encode())
+
+
+HEADERS: dict[str, Callable[[bytes], bytes]] = {
+    "length 2^63": lambda c: (2**63).to_bytes(8, "little") + c[8:],
+    "length of the file": lambda c: (len(c) - 8).to_bytes(8, "little") + c[8:],
+    "10^12 elements": put_claim(shape=[10**12], data_offsets=[0, 4 * 10**12]),
+    "10^12 elements in no bytes": put_claim(shape=[10**12]),
+    "2^64 elements": put_claim(shape=[2**32, 2**32], data_offsets=[0, 0]),
+    "10^4 dimensions": put_claim(shape=[37] + [1] * 10**4),
+    "shape negative": put_claim(shape=[-37]),
+    "shape fractional": put_claim(shape=[37.5]),
+    "shape a string": put_claim(shape="37"),
+    "offsets reversed": put_claim(data_offsets=[148, 0]),
+    "offsets overlapping": put_claim(data_offsets=[4, 152]),
+    "offsets negative": put_claim(data_offsets=[-148, 0]),
+    "dtype unknown": put_claim(dtype="F31"),
+    "dtype of 10^4 letters": put_claim(dtype="F" * 10**4),
+    "dtype integer": put_claim(dtype="I32"),
+    "dtype unsigned": put_claim(dtype="U32"),
+    "dtype half": put_claim(dtype="F16", shape=[74]),
+    "dtype of 4 bits": put_claim(dtype="F4", shape=[296]),
+    "dtype of 8 bits": put_claim(dtype="F8_E8M0", shape=[148]),
+    "metadata no strings": put_header('"37"', "37"),
+    "metadata a list": put_header('"__metadata__":{[^}]*}', '"__metadata__":[]'),
+    "metadata null": put_header('"__metadata__":{[^}]*}', '"__metadata__":null'),
+    "metadata twice": put_header('"__metadata__":', '"__metadata__":{"d":"37"},"__metadata__":'),
+    "key twice": put_header('"d":"37"', '"d":"37","d":"36"'),
+    "theta twice": put_header('"theta":{"dtype":"F32"(.*?})', r'\g<0>,"theta":{"dtype":"I32"\1'),
+    "lone surrogate": put_header('"37"', r'"\\ud800"'),
+    "no UTF-8": lambda c: c.replace(b"theta", b"th\xff\xfea"),
+    "no JSON": lambda c: c.replace(b'"theta":', b'"theta";'),
+    "a list": lambda c: pack(b"[" + unpack(c)[0] + b"]", unpack(c)[1]),
+    "nested lists": lambda c: pack(b"[" * 10**4),
+    "nested objects": lambda c: pack(b'{"a":' * 10**4),
+    "nested metadata": put_header('"37"', '{"d":' * 10**4 + "37" + "}" * 10**4),
+    "10^3 tensors": lambda c: many_tensors(10**3),
+}
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize("edit", HEADERS.values(), ids=HEADERS)
+def test_hostile_header_is_refused(edit, attached, file):
+    """A header that claims what is not so, or is none: a ValueError, and nothing is changed."""
+    file.write_bytes(edit(file.read_bytes()))
+    with refused(model := trained(seed=1) if attached else NET.model(), "no usable adapter file"):
+        load(model, file)
+
+
+def test_repeated_key_changes_no_meaning(file):
+    """JSON may say a key twice, with two values: a ValueError, or the adapter that was signed."""
+    file.write_bytes(put_header('"d":"37"', '"d":"36","d":"37"')(file.read_bytes()))
+    before = snapshot(model := NET.model())
+    with contextlib.suppress(ValueError):
+        load(model, file)
+    assert snapshot(model) in (before, snapshot(trained()))
+
+
+@pytest.mark.parametrize("error", [AttributeError, MemoryError, OverflowError, OSError])
+def test_whatever_reading_raises_is_a_value_error(error, file, monkeypatch):
+    """As with a stored dtype that this torch lacks, or no memory to map the file into."""
+    monkeypatch.setattr(safetensors, "safe_open", mock.Mock(side_effect=error("oh")))
+    with refused(model := NET.model(), "no usable adapter file: oh"):
+        load(model, file)
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
+NUMBERS = st.sampled_from([0, 1, 16, 24, 36, 37, 38, 533, 2**31, 2**63, 2**64 - 1, 2**64, 10**400])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=3),
+)
+NAMES = st.sampled_from([*NET.pristine.state_dict(), "theta", "gpart.theta", "body", ""]) | WORDS
+SHAPES = st.sampled_from([(37,), (36,), (24, 16), (16, 24), (24,), (5, 24), (5,), (3, 5), (3,), ()])
+VALUES = st.sampled_from([0.0, 0.5, -1.0, 300.0, math.inf, math.nan])
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.cfloat, torch.int64]
+)
+
+
+def tamper(draw: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """One drawn change of the metadata, of the manifest or of the tensors."""
+    entries: Any = None
+    with contextlib.suppress(KeyError, ValueError):
+        entries = json.loads(metadata["manifest"])
+    entries = entries if isinstance(entries, list) else []
+    match draw(st.sampled_from(["text", "json", "number", "less", "entry", "swap", "tensor", "d"])):
+        case "text":
+            metadata[draw(st.sampled_from([*metadata, "extra"]))] = draw(WORDS)
+        case "json":
+            metadata[draw(st.sampled_from([*metadata]))] = json.dumps(draw(JSON))
+        case "number":
+            metadata[draw(st.sampled_from(["N", "d", "seed"]))] = str(draw(NUMBERS))
+        case "less":
+            some = draw(st.sampled_from([metadata, tensors]))
+            some.pop(draw(st.sampled_from([*some, "none"])), None)
+        case "entry":
+            entry = [draw(NAMES), draw(SHAPES | JSON)]
+            at = draw(st.integers(0, len(entries)))
+            entries[at : at + draw(st.integers(0, 2))] = draw(st.sampled_from([[entry], []]))
+            metadata["manifest"] = json.dumps(entries)
+        case "swap":
+            metadata["manifest"] = json.dumps(draw(st.permutations(entries)))
+        case "tensor":
+            shape = st.just(tensors[name].shape) if (name := draw(NAMES)) in tensors else SHAPES
+            tensors[name] = torch.full(draw(shape | SHAPES), draw(VALUES)).to(draw(DTYPES))
+        case "d":
+            tensors["theta"] = torch.full([draw(st.integers(0, 600))], 0.5)
+            metadata["d"] = str(len(tensors["theta"]))
+
+
+def kind(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.is_floating_point(), t.is_complex(), t.dtype == torch.bool
+
+
+def meaning(metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Module) -> Any:
+    """Partition, manifest and head of an adapter of this model; some exception if it is none."""
+    assert metadata["format"] == "gpart-v1"
+    P = Partition(*(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric")))
+    manifest = [(name, tuple(shape)) for name, shape in json.loads(metadata["manifest"])]
+    heads = {name: t for name, t in tensors.items() if name != "theta"}
+    weights, own = parameters(model), model.state_dict()
+    assert all(weights[name].shape == shape for name, shape in manifest)
+    assert all(kind(own[name]) == kind(t) for name, t in heads.items())
+    assert len({*dict(manifest), *heads}) == len(manifest) + len(heads)
+    assert sum(weights[name].numel() for name, _ in manifest) == P.N
+    assert tensors["theta"].dtype == torch.float32 and tensors["theta"].shape == (P.d,)
+    assert all(t.isfinite().all() for t in tensors.values())
+    if g := getattr(model, "gpart", None):
+        assert (P, manifest, {*heads}) == (g.partition, g.manifest, {*g.saved})
+    return P, manifest, heads
+
+
+@slow
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_load_takes_what_the_format_allows_and_nothing_else(attached, data, file):
+    """A signed file with drawn changes: if it is still an adapter of this model, its theta and head
+    are loaded and no other bit is changed. Otherwise a ValueError, and no bit is."""
+    metadata, tensors = (dict(sorted(part.items())) for part in read(file))
+    del metadata["sha256"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        tamper(data.draw, metadata, tensors)
+    signed = {**metadata, "sha256": gpart._digest(metadata, tensors)}
+    save_file(tensors, path := file.with_name("tampered.safetensors"), signed)
+    model = trained(seed=1) if attached else NET.model()
+    before, own = snapshot(model), {n: w.clone() for n, w in model.state_dict().items()}
+    try:
+        P, manifest, heads = meaning(metadata, tensors, model)
+    except Exception:
+        with pytest.raises(ValueError):
+            load(model, path)
+        assert snapshot(model) == before
+    else:
+        g = load(model, path)
+        assert (g.partition, g.manifest, {*g.saved}) == (P, manifest, {*heads})
+        expected = {**own, **heads, "gpart.theta": tensors["theta"]}
+        for name, w in model.state_dict().items():
+            assert torch.equal(w, expected[name].to(w.dtype))
+
+
+K, M = 10**3, 10**6
+SIGNED = {  # K of each fits into a header that load reads, M does not
+    "names": lambda n: manifest(lambda m: m.extend([f"{k}.weight", [24, 16]] for k in range(n))),
+    "equal names": lambda n: manifest(lambda m: m.extend(m[:1] * n), grow=24 * 16 * n),
+    "dimensions": lambda n: put_shape([1] * n),
+    "letters of name": lambda n: put_name("x" * 9 * n),
+    "letters of shape": lambda n: put_shape("x" * 9 * n),
+    "letters of format": lambda n: put(format="x" * 9 * n),
+    "digits of seed": lambda n: put(seed="9" * 4 * n),
+    "numbers for a seed": lambda n: put(seed=str([0] * n)),
+    "weights": lambda n: put(N=str(n * M), d=str(n * K)),
+}
+RAW = {
+    "dimensions of theta": lambda n: put_claim(shape=[1] * n),
+    "letters of dtype": lambda n: put_claim(dtype="F" * 9 * n),
+    "letters of key": lambda n: put_header('"theta"', f'"{"theta" * n}"'),
+    "nested lists": lambda n: lambda content: pack(b"[" * 9 * n),
+    "tensors": lambda n: lambda content: many_tensors(n),
+}
+MEASURED = """
+import copy, json, os, sys, time, torch, gpart
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+plain, attached = (torch.load(sys.argv[1], weights_only=False) for _ in range(2))
+gpart.load(attached, sys.argv[2])
+before, results = peak(), {}
+for path in sys.argv[3:]:
+    for model in plain, attached:
+        state, start = copy.deepcopy(model.state_dict()), time.perf_counter()
+        try:
+            gpart.load(model, path)
+        except ValueError as error:
+            seconds, letters = time.perf_counter() - start, len(str(error).replace(path, ""))
+        after = model.state_dict()
+        assert {*after} == {*state} and all(torch.equal(after[key], state[key]) for key in state)
+        worst = results.get(path, (0, 0))
+        results[path] = max(worst[0], seconds), max(worst[1], letters)
+    os.remove(path)
+print(json.dumps([peak() - before, [*results.values()]]))
+"""
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux tells it")
+def test_hostile_files_take_no_time_and_no_memory(file):
+    """A million names, dimensions or tensors, 10^12 elements in a sparse file of that size: each is
+    refused in less than a second, in a message of at most 1,000 letters; and all together add less
+    than 32 MB to the process's peak, which is less than most of these files are long."""
+    content, base, paths = file.read_bytes(), file.with_name("base.pt"), []
+    net = NET.model()
+    torch.save(nn.ModuleDict({"body": net.body, "head": net.head}), base)
+    for edits, n in itertools.product((SIGNED, RAW), (K, M)):
+        for name, edit in edits.items():
+            paths.append(path := file.with_name(f"{n} {name}"))
+            path.write_bytes(content if edits is SIGNED else edit(n)(content))
+            if edits is SIGNED:
+                rewrite(path, edit(n))
+    paths.append(sparse := file.with_name("sparse"))
+    claim = {"theta": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+    sparse.write_bytes(head := pack(json.dumps({"__metadata__": read(file)[0], **claim}).encode()))
+    os.truncate(sparse, len(head) + 4 * 10**12)
+    growth, results = json.loads(python(MEASURED, base, file, *paths))
+    assert len(results) == 2 * (len(SIGNED) + len(RAW)) + 1
+    for path, (seconds, letters) in zip(paths, results, strict=True):
+        assert seconds < 1 and letters <= 1000, path
+    assert growth < 32
 
 
 def test_missing_file_is_an_os_error(file):
