@@ -6,6 +6,7 @@ through files good and bad, and wherever comparable libraries are known to fail.
 """
 
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -1402,6 +1403,146 @@ def test_hostile_files_take_no_time_and_no_memory(file):
     for path, (seconds, letters) in zip(paths, results, strict=True):
         assert seconds < 1 and letters <= 1000, path
     assert growth < 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """An adapter file of gpart 0.1.0, and what it has always meant."""
+
+    build: Callable[[], nn.Module]
+    partition: Partition
+    theta: str  # sha256 of theta's bytes; merged is that of the merged model's
+    merged: str
+    text: str
+
+    @property
+    def content(self) -> bytes:
+        return base64.b64decode(self.text)
+
+    def model(self) -> nn.Module:
+        """Weights that are multiples of 1/64 and no random numbers, on any release of torch."""
+        with torch.device("meta"):
+            model = self.build()
+        for w in model.to_empty(device="cpu").parameters():
+            w.data.copy_((torch.arange(w.numel()) % 64 / 64 - 0.5).view(w.shape))
+        return model
+
+
+# These bytes never change: a format that reads them otherwise has another name.
+GOLDEN = {
+    "d = 1": Golden(
+        lambda: nn.Linear(4, 3),
+        Partition(12, 1),
+        "c0e336a5f371ef22cd534e094269f2c1a9635cd080b71ffa671086832d3b60b7",
+        "ecf32c664b59bbb9d5d0a256074e1106b01c8eafdd676e644c26550f71b3d6ff",
+        """
+    OAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJiYXNlX21vZGVsX25hbWVfb3JfcGF0aCI6IiIsImlzb21ldHJpYyI6InRydWUi
+    LCJzaGEyNTYiOiI5OTliYjFkYTE4NWEyYjBlYjMxYjNiZTk2MjA1OTUwODk5MDVmN2M4Y2Y0Mzg5YmE4NmNjNTBhMzQ3MTQw
+    Mzc0Iiwic2VlZCI6IjAiLCJncGFydF92ZXJzaW9uIjoiMC4xLjAiLCJOIjoiMTIiLCJmb3JtYXQiOiJncGFydC12MSIsImQi
+    OiIxIiwibWFuaWZlc3QiOiJbW1wid2VpZ2h0XCIsIFszLCA0XV1dIn0sInRoZXRhIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUi
+    OlsxXSwiZGF0YV9vZmZzZXRzIjpbMCw0XX19ICAgICAAAMA/
+        """,
+    ),
+    "not isometric": Golden(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2).bfloat16()),
+        Partition(30, 7, 2**40 + 1, isometric=False),
+        "3e6946f47e4d30dd842d097e35841083ed0ac39a05fad549892cc3fbd620226f",
+        "909b58997c63027e4c66d500eb8bc26239b7e776e7201578c514eba923f3319c",
+        """
+    yAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJtYW5pZmVzdCI6IltbXCIwLndlaWdodFwiLCBbNSwgNl1dXSIsImQiOiI3Iiwi
+    aXNvbWV0cmljIjoiZmFsc2UiLCJOIjoiMzAiLCJncGFydF92ZXJzaW9uIjoiMC4xLjAiLCJzZWVkIjoiMTA5OTUxMTYyNzc3
+    NyIsImJhc2VfbW9kZWxfbmFtZV9vcl9wYXRoIjoiIiwic2hhMjU2IjoiNDQyMTdkY2I0MzRhNjFmNjA4NmYyMTViOWI0NTBm
+    YjViZDFjOGNiNmE2YWNhMDNkZWJjMmE5OWVhOTJjYzE5MyIsImZvcm1hdCI6ImdwYXJ0LXYxIn0sInRoZXRhIjp7ImR0eXBl
+    IjoiRjMyIiwic2hhcGUiOls3XSwiZGF0YV9vZmZzZXRzIjpbMCwyOF19LCIyLmJpYXMiOnsiZHR5cGUiOiJCRjE2Iiwic2hh
+    cGUiOlsyXSwiZGF0YV9vZmZzZXRzIjpbMjgsMzJdfSwiMi53ZWlnaHQiOnsiZHR5cGUiOiJCRjE2Iiwic2hhcGUiOlsyLDVd
+    LCJkYXRhX29mZnNldHMiOlszMiw1Ml19fSAgICAgICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+AL/4vhq/6r6hvjC+
+    6rzqPYQ+zT4LPzA/
+        """,
+    ),
+    "six rounds": Golden(
+        lambda: nn.Linear(256, 256),
+        Partition(65_792, 7, 2**64 - 1),
+        "3e6946f47e4d30dd842d097e35841083ed0ac39a05fad549892cc3fbd620226f",
+        "af12920c8c1f04fcaac8380d8d908543b7c9f5fb4b1e6079a30720791731e562",
+        """
+    aAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJkIjoiNyIsImlzb21ldHJpYyI6InRydWUiLCJncGFydF92ZXJzaW9uIjoiMC4x
+    LjAiLCJtYW5pZmVzdCI6IltbXCJ3ZWlnaHRcIiwgWzI1NiwgMjU2XV0sIFtcImJpYXNcIiwgWzI1Nl1dXSIsInNoYTI1NiI6
+    ImI4MDMxZDA3ZmIwYTY4YmVjMTY5ZmEzY2E3ODdhMThhODRjYzU5MDZjZWUxMTU0YjM4ODhiZDY1NjhjYmRjNmMiLCJmb3Jt
+    YXQiOiJncGFydC12MSIsImJhc2VfbW9kZWxfbmFtZV9vcl9wYXRoIjoiIiwiTiI6IjY1NzkyIiwic2VlZCI6IjE4NDQ2NzQ0
+    MDczNzA5NTUxNjE1In0sInRoZXRhIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUiOls3XSwiZGF0YV9vZmZzZXRzIjpbMCwyOF19
+    fSAgICAgICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+
+        """,
+    ),
+    "d = N": Golden(
+        lambda: nn.Linear(4, 3).bfloat16(),
+        Partition(12, 12, 5),
+        "2ef5ceccc49d77b36e7d6c407fb8ae7cb97a4f83e0712091b527f089347a58b1",
+        "f0f6b93bdbf099a843e1e85510a8e5b36455bc8028ec2fbff16410203de885bb",
+        """
+    OAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJmb3JtYXQiOiJncGFydC12MSIsImdwYXJ0X3ZlcnNpb24iOiIwLjEuMCIsInNl
+    ZWQiOiI1IiwiYmFzZV9tb2RlbF9uYW1lX29yX3BhdGgiOiIiLCJzaGEyNTYiOiJiMTcyYWE4YTJhYjg0OTU1MGY3NzYwZjll
+    NTM1NzBmYzFlMzY1YzAxODQzNjUyMTBiZTM1YzFmYjQ0MzBmMmQxIiwiTiI6IjEyIiwiaXNvbWV0cmljIjoidHJ1ZSIsImQi
+    OiIxMiIsIm1hbmlmZXN0IjoiW1tcIndlaWdodFwiLCBbMywgNF1dXSJ9LCJ0aGV0YSI6eyJkdHlwZSI6IkYzMiIsInNoYXBl
+    IjpbMTJdLCJkYXRhX29mZnNldHMiOlswLDQ4XX19ICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+q6qqvpqZmT7poou+
+    AACAPsVObL4=
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_golden_files_load_for_ever(golden, tmp_path):
+    """Files of gpart-v1, written once, give the recorded theta and W + P theta, bit for bit, and
+    are saved again with the same content. If this fails, the format has changed: rename FORMAT."""
+    (path := tmp_path / "golden.safetensors").write_bytes(golden.content)
+    metadata, tensors = read(path)
+    assert len(golden.content) < 1024 and metadata["gpart_version"] == "0.1.0"
+    g = load(model := golden.model(), path)
+    assert g.partition == golden.partition and sha256(g.theta) == golden.theta
+    save(model, path)
+    again, same = read(path)
+    assert gpart._digest({}, same) == gpart._digest({}, tensors)
+    version = {"gpart_version": gpart.__version__}  # the digest covers it
+    del metadata["sha256"]
+    assert again.pop("sha256") == gpart._digest(metadata | version, tensors)
+    assert again == metadata | version
+    detach(model, merge=True)
+    state = [t.flatten().view(torch.uint8) for t in model.state_dict().values()]
+    assert sha256(torch.cat(state)) == golden.merged
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """One random damage: bytes overwritten, inserted, zeroed, cut out, doubled, reversed, moved."""
+    i, j = sorted(draw.randrange(len(content) + 1) for _ in range(2))
+    a, b, c = content[:i], content[i:j], content[j:]
+    some = draw.randbytes(draw.choice([1, 2, 8, 64]))
+    head = draw.randrange(2 ** draw.choice([5, 10, 16, 64])).to_bytes(8, "little")
+    bits = int.from_bytes(content, "little") ^ 1 << draw.randrange(8 * len(content))
+    kinds = [a, c, a + c, a + b + b + c, c + b + a, a + b[::-1] + c, a + bytes(len(b)) + c]
+    kinds += [a + some + b + c, a + some + content[i + len(some) :], head + content[8:]]
+    return draw.choice([*kinds, bits.to_bytes(len(content), "little")])
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_mutated_file_is_refused(golden, attached, tmp_path):
+    """Each of 500 different damages to a golden file, in all 4,000: a ValueError, the model bit
+    for bit as it was. The undamaged file still loads."""
+    (path := tmp_path / "mutated.safetensors").write_bytes(golden.content)
+    model, draw = golden.model(), random.Random(0)
+    if attached:
+        load(model, path).theta.data.fill_(1.0)
+    drawn = dict.fromkeys(mutate(golden.content, draw) for _ in range(650))
+    damaged = [content for content in drawn if content != golden.content][:500]
+    before = snapshot(model)
+    assert len(damaged) == 500
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no usable adapter file"):
+            load(model, path)
+        assert snapshot(model) == before
+    path.write_bytes(golden.content)
+    assert sha256(load(model, path).theta) == golden.theta
 
 
 def test_missing_file_is_an_os_error(file):
