@@ -52,7 +52,7 @@ Path = str | os.PathLike[str]
 
 def _require(condition: object, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise ValueError(f"{message:.1000}")  # it may quote a hostile file
 
 
 # --- 1. The permutation pi: integers only, the same on every device, release and shard ---
@@ -326,10 +326,9 @@ def _match(model: nn.Module, names: Any, argument: str, skip: Any = ()) -> dict[
     for name in [names] if isinstance(names, str) else names or ():
         hits = {path for path in modules if f".{path}".endswith(f".{name}")}
         if name == "all-linear":
-            ms = [*modules.values()]
-            heads = [m.get_output_embeddings() for m in ms if hasattr(m, "get_output_embeddings")]
-            linear = [m for m in ms if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-            hits = {path for path, m in modules.items() if m in linear and m not in heads}
+            heads = [getattr(m, "get_output_embeddings", lambda: None)() for m in modules.values()]
+            rest = [(path, m) for path, m in modules.items() if m not in heads]
+            hits = {p for p, m in rest if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
         hits -= {p for p in hits for outer in skip if f"{p}.".startswith(f"{outer}.")}
         some = dict.fromkeys(p.rpartition(".")[2] for p, m in modules.items() if m._parameters)
         _require(hits, f"{argument}: no module matches {name!r} among {', '.join([*some][:12])}")
@@ -445,8 +444,12 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
     unchanged model, if the file is damaged, foreign or newer, or has a name or shape that the model
     has not; OSError if it cannot be opened.
     """
-    rename = rename or {}
-    try:
+    own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
+    rename, numel = rename or {}, sum(w.numel() for w in [*model.parameters(), *model.buffers()])
+    with open(path, "rb") as file:
+        head, size = int.from_bytes(file.read(8), "little"), file.seek(0, os.SEEK_END)
+    try:  # refuse unread what no adapter of this model needs: 1 kB per tensor, 8 bytes per number
+        _require(head <= 1024 * (64 + len(own)) and size <= 8 + head + 8 * numel, "it is too long")
         with safetensors.safe_open(path, framework="pt") as f:
             metadata, stored = f.metadata() or {}, {key: f.get_tensor(key) for key in [*f.keys()]}
         _require(metadata.get("format") == FORMAT, f"format {metadata.get('format')}, not {FORMAT}")
@@ -456,25 +459,22 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
         got = f"{(theta := stored.pop('theta')).dtype} {[*theta.shape]}"
         _require(got == f"torch.float32 [{P.d}]", f"its theta is {got}, not float32 [{P.d}]")
         _require(all(t.isfinite().all() for t in [theta, *stored.values()]), "it has NaN or inf")
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no usable adapter file: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} is no usable adapter file: {error!s:.500}") from error
     heads = {rename.get(name, name): t for name, t in stored.items()}
-    own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
     for name, shape in [*manifest, *((name, (*t.shape,)) for name, t in heads.items())]:
         here = tuple(own[name].shape) if name in own else "nothing; rename={stored: here} maps it"
         _require(here == shape, f"{path} has {name} of shape {shape}, the model has {here}")
-    weights = {name: own[name] for name, _ in manifest}
-    unique = len(weights) == len(manifest) and len(heads) == len(stored)
-    whole = unique and sum(w.numel() for w in weights.values()) == P.N
-    _require(whole, f"{path}: its manifest repeats a name or does not add up to N = {P.N}")
-    if isinstance(g := model._modules.get("gpart"), GPart):
-        _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
-        for new, old in ((P, g.partition), ({*heads}, {*g.saved}), (manifest, g.manifest)):
-            _require(new == old, f"{path} has {new}, the model {old}: detach(model) first")
-    else:
-        g = GPart(model, P, weights, heads, fused=True)
-    with torch.no_grad():
-        g.theta.copy_(theta)
-        for name, t in heads.items():
-            own[name].copy_(t)
+    types = [(own[name].dtype, t.dtype) for name, t in heads.items()]
+    alike = all(torch.can_cast(a, b) and torch.can_cast(b, a) for a, b in types)
+    unique = len(names := dict(manifest)) == len(manifest) and len(heads) == len(stored)
+    whole = alike and unique and sum(own[name].numel() for name in names) == P.N
+    _require(whole, f"{path} repeats a name, has a wrong dtype or does not add up to N = {P.N}")
+    g = model._modules.get("gpart")
+    g = g if isinstance(g, GPart) else GPart(model, P, {n: own[n] for n in names}, heads, True)
+    _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
+    for new, old in ((P, g.partition), ({*heads}, {*g.saved}), (manifest, g.manifest)):
+        _require(new == old, f"{path} has {new}, the model {old}: detach(model) first")
+    for w, t in [(g.theta, theta), *((own[name], t) for name, t in heads.items())]:
+        w.detach().copy_(t)
     return g

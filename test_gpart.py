@@ -6,6 +6,7 @@ through files good and bad, and wherever comparable libraries are known to fail.
 """
 
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -36,6 +37,8 @@ import pytest
 import safetensors
 import torch
 import transformers as hf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import fsdp
@@ -1029,6 +1032,138 @@ def test_save_is_atomic(step, file, monkeypatch):
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
+# Save theta = 2 over the file of theta = 1, stopped at step k = 0, 1, 2, ... until a save runs
+# through. Printed for each k: the theta then found, whether the file is still the old one, what
+# lies beside it, and the theta found after saving theta = 3.
+INTERRUPTED = """
+import ctypes, json, os, pathlib, resource, shutil, signal, sys
+import safetensors.torch, torch, gpart
+
+def model(theta):
+    g = gpart.attach(net := torch.nn.Linear(8, 8), 9, target_modules="all-linear")
+    g.theta.data.fill_(theta)
+    return net
+
+def found():
+    return gpart.load(torch.nn.Linear(8, 8), path).theta[0].item()
+
+def announced(function):
+    def wrapper(*args):
+        sys.audit("gpart.before")
+        function(*args)
+        sys.audit("gpart.after")
+    return wrapper
+
+def python(k):  # the process exits where Python announces its k-th file operation
+    pid = os.fork()
+    if not pid:
+        left = iter(range(k))
+        def hook(event, _):
+            if event == "open" or event.startswith(("os.", "shutil.", "tempfile.", "gpart.")):
+                next(left, None) is None and os._exit(9)
+        safetensors.torch.save_file = announced(safetensors.torch.save_file)
+        os.fsync, os.replace = announced(os.fsync), announced(os.replace)
+        sys.addaudithook(hook)
+        gpart.save(new, path)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+def kernel(k):  # the process is killed as it enters or leaves a system call, the k-th such stop
+    libc, traceme, syscall = ctypes.CDLL(None), 0, 24
+    libc.ptrace.argtypes = [ctypes.c_long] * 4
+    pid = os.fork()
+    if not pid:
+        if libc.ptrace(traceme, 0, 0, 0):
+            os._exit(77)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        gpart.save(new, path)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    for _ in range(k + 1):
+        if os.WIFSTOPPED(status):
+            libc.ptrace(syscall, pid, 0, 0)
+            status = os.waitpid(pid, 0)[1]
+    if os.WIFSTOPPED(status):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return False
+    code = os.WEXITSTATUS(status)
+    assert code in (0, 77)
+    return code == 0 or sys.exit("ptrace is not permitted")
+
+def size(k):  # no file can grow beyond k bytes: a write is cut short there, as on a full disk
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (k, hard))
+    try:
+        gpart.save(new, path)
+        return True
+    except (OSError, safetensors.SafetensorError):
+        return False
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+path, stop = pathlib.Path(sys.argv[1]), globals()[sys.argv[2]]
+new, third, results, through = model(2.0), model(3.0), [], False
+gpart.save(model(1.0), path)
+old = path.read_bytes()
+while not through:
+    assert len(results) < 1000
+    path.write_bytes(old)
+    through = stop(len(results))
+    beside = sorted({*os.listdir(path.parent)} - {path.name})
+    then, same = found(), path.read_bytes() == old
+    gpart.save(third, path)
+    results.append([then, same, beside, found()])
+    for name in beside:
+        shutil.rmtree(path.parent / name)
+print(json.dumps(results))
+"""
+
+
+def interrupted(how: str, path: pathlib.Path) -> tuple[int, int, bool]:
+    """How many saves that INTERRUPTED stopped left the old file, how many the new one, and whether
+    nothing ever lay beside it. There is no third: the old bytes, or what loads as the new file, at
+    any time, and then the next save works."""
+    results = json.loads(python(INTERRUPTED, path, how))
+    old = sum(same for _, same, _, _ in results)
+    states = [(1.0, True)] * old + [(2.0, False)] * (len(results) - old)
+    assert [(then, same) for then, same, _, _ in results] == states
+    assert all(after == 3.0 for _, _, _, after in results)
+    beside = [name for _, _, names, _ in results for name in names]
+    assert all(name.startswith(".gpart-") for name in beside)
+    return old, len(results) - old, not beside
+
+
+@slow
+def test_killed_save_leaves_the_old_file_or_the_new(tmp_path):
+    """A process that dies at any file operation of save: the old file, then the new one."""
+    old, new, _ = interrupted("python", tmp_path / "adapter.safetensors")
+    assert old > 5 and new > 2
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ptrace as Linux has it")
+def test_save_killed_between_any_two_system_calls(tmp_path):
+    """SIGKILL before and after each system call of save: the old file, then the new one."""
+    try:
+        old, new, _ = interrupted("kernel", tmp_path / "adapter.safetensors")
+    except subprocess.CalledProcessError as error:
+        if "not permitted" not in error.stderr:
+            raise
+        pytest.skip("ptrace is not permitted here")
+    assert old > 20 and new > 10
+
+
+@slow
+def test_save_cut_short_at_any_byte_keeps_the_old_file(tmp_path):
+    """A disk that is full after any number of bytes: an error, the old file, nothing beside it."""
+    path = tmp_path / "adapter.safetensors"
+    old, new, alone = interrupted("size", path)
+    assert (old, new, alone) == (path.stat().st_size, 1, True)
+
+
 def put(**metadata: str) -> Any:
     return lambda m, t: m.update(metadata)
 
@@ -1078,6 +1213,9 @@ HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "head NaN": (put_head("head.0.bias", torch.full([3], math.nan)), "NaN"),
     "head of wrong shape": (put_head("head.0.bias", torch.ones(4)), "head.0.bias"),
     "head unknown": (put_head("neck.bias", torch.ones(4)), "neck.bias"),
+    "head complex": (put_head("head.0.bias", torch.ones(3).cfloat()), "wrong dtype"),
+    "head integer": (put_head("head.0.bias", torch.ones(3).long()), "wrong dtype"),
+    "buffer not integer": (put_head("head.1.num_batches_tracked", torch.tensor(1.5)), "dtype"),
     "head adapted too": (put_head("body.0.bias", torch.ones(24)), "body.0.bias"),
     "name lacking": (manifest(list.pop), "not add up to N"),
     "name twice": (manifest(lambda m: m.append(m[1])), "repeats a name"),
@@ -1156,6 +1294,422 @@ def test_digest_is_required(digest, file):
     save_file(tensors, file, metadata | ({"sha256": digest} if digest else {}))
     with refused(model := NET.model(), "no usable adapter file: its sha256 is wrong$"):
         load(model, file)
+
+
+def unpack(content: bytes) -> tuple[bytes, bytes]:
+    """A safetensors file is the length of its header in 8 bytes, the header, which is JSON, and the
+    body: (header, body)."""
+    at = 8 + int.from_bytes(content[:8], "little")
+    return content[8:at], content[at:]
+
+
+def pack(header: bytes, body: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def put_header(old: str, new: str) -> Callable[[bytes], bytes]:
+    """Replace what the pattern old matches in the header."""
+
+    def edit(content: bytes) -> bytes:
+        header, body = unpack(content)
+        header, count = re.subn(old.encode(), new.encode(), header)
+        assert count == 1
+        return pack(header, body)
+
+    return edit
+
+
+def put_claim(**claims: Any) -> Callable[[bytes], bytes]:
+    """Let the header say other things of theta, float32 [37], than are true."""
+
+    def edit(content: bytes) -> bytes:
+        text, body = unpack(content)
+        (header := json.loads(text))["theta"].update(claims)
+        return pack(json.dumps(header).encode(), body)
+
+    return edit
+
+
+def many_tensors(count: int) -> bytes:
+    """A header of many empty tensors."""
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    return pack(json.dumps({"theta": empty, **{f"x{k}": empty for k in range(count)}}).encode())
+
+
+HEADERS: dict[str, Callable[[bytes], bytes]] = {
+    "length 2^63": lambda c: (2**63).to_bytes(8, "little") + c[8:],
+    "length of the file": lambda c: (len(c) - 8).to_bytes(8, "little") + c[8:],
+    "10^12 elements": put_claim(shape=[10**12], data_offsets=[0, 4 * 10**12]),
+    "10^12 elements in no bytes": put_claim(shape=[10**12]),
+    "2^64 elements": put_claim(shape=[2**32, 2**32], data_offsets=[0, 0]),
+    "10^4 dimensions": put_claim(shape=[37] + [1] * 10**4),
+    "shape negative": put_claim(shape=[-37]),
+    "shape fractional": put_claim(shape=[37.5]),
+    "shape a string": put_claim(shape="37"),
+    "offsets reversed": put_claim(data_offsets=[148, 0]),
+    "offsets overlapping": put_claim(data_offsets=[4, 152]),
+    "offsets negative": put_claim(data_offsets=[-148, 0]),
+    "dtype unknown": put_claim(dtype="F31"),
+    "dtype of 10^4 letters": put_claim(dtype="F" * 10**4),
+    "dtype integer": put_claim(dtype="I32"),
+    "dtype unsigned": put_claim(dtype="U32"),
+    "dtype half": put_claim(dtype="F16", shape=[74]),
+    "dtype of 4 bits": put_claim(dtype="F4", shape=[296]),
+    "dtype of 8 bits": put_claim(dtype="F8_E8M0", shape=[148]),
+    "metadata no strings": put_header('"37"', "37"),
+    "metadata a list": put_header('"__metadata__":{[^}]*}', '"__metadata__":[]'),
+    "metadata null": put_header('"__metadata__":{[^}]*}', '"__metadata__":null'),
+    "metadata twice": put_header('"__metadata__":', '"__metadata__":{"d":"37"},"__metadata__":'),
+    "key twice": put_header('"d":"37"', '"d":"37","d":"36"'),
+    "theta twice": put_header('"theta":{"dtype":"F32"(.*?})', r'\g<0>,"theta":{"dtype":"I32"\1'),
+    "lone surrogate": put_header('"37"', r'"\\ud800"'),
+    "no UTF-8": lambda c: c.replace(b"theta", b"th\xff\xfea"),
+    "no JSON": lambda c: c.replace(b'"theta":', b'"theta";'),
+    "a list": lambda c: pack(b"[" + unpack(c)[0] + b"]", unpack(c)[1]),
+    "nested lists": lambda c: pack(b"[" * 10**4),
+    "nested objects": lambda c: pack(b'{"a":' * 10**4),
+    "nested metadata": put_header('"37"', '{"d":' * 10**4 + "37" + "}" * 10**4),
+    "10^3 tensors": lambda c: many_tensors(10**3),
+}
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize("edit", HEADERS.values(), ids=HEADERS)
+def test_hostile_header_is_refused(edit, attached, file):
+    """A header that claims what is not so, or is none: a ValueError, and nothing is changed."""
+    file.write_bytes(edit(file.read_bytes()))
+    with refused(model := trained(seed=1) if attached else NET.model(), "no usable adapter file"):
+        load(model, file)
+
+
+def test_repeated_key_changes_no_meaning(file):
+    """JSON may say a key twice, with two values: a ValueError, or the adapter that was signed."""
+    file.write_bytes(put_header('"d":"37"', '"d":"36","d":"37"')(file.read_bytes()))
+    before = snapshot(model := NET.model())
+    with contextlib.suppress(ValueError):
+        load(model, file)
+    assert snapshot(model) in (before, snapshot(trained()))
+
+
+@pytest.mark.parametrize("error", [AttributeError, MemoryError, OverflowError, OSError])
+def test_whatever_reading_raises_is_a_value_error(error, file, monkeypatch):
+    """As with a stored dtype that this torch lacks, or no memory to map the file into."""
+    monkeypatch.setattr(safetensors, "safe_open", mock.Mock(side_effect=error("oh")))
+    with refused(model := NET.model(), "no usable adapter file: oh"):
+        load(model, file)
+
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
+NUMBERS = st.sampled_from([0, 1, 16, 24, 36, 37, 38, 533, 2**31, 2**63, 2**64 - 1, 2**64, 10**400])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=3),
+)
+NAMES = st.sampled_from([*NET.pristine.state_dict(), "theta", "gpart.theta", "body", ""]) | WORDS
+SHAPES = st.sampled_from([(37,), (36,), (24, 16), (16, 24), (24,), (5, 24), (5,), (3, 5), (3,), ()])
+VALUES = st.sampled_from([0.0, 0.5, -1.0, 300.0, math.inf, math.nan])
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.cfloat, torch.int64]
+)
+
+
+def tamper(draw: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """One drawn change of the metadata, of the manifest or of the tensors."""
+    entries: Any = None
+    with contextlib.suppress(KeyError, ValueError):
+        entries = json.loads(metadata["manifest"])
+    entries = entries if isinstance(entries, list) else []
+    match draw(st.sampled_from(["text", "json", "number", "less", "entry", "swap", "tensor", "d"])):
+        case "text":
+            metadata[draw(st.sampled_from([*metadata, "extra"]))] = draw(WORDS)
+        case "json":
+            metadata[draw(st.sampled_from([*metadata]))] = json.dumps(draw(JSON))
+        case "number":
+            metadata[draw(st.sampled_from(["N", "d", "seed"]))] = str(draw(NUMBERS))
+        case "less":
+            some = draw(st.sampled_from([metadata, tensors]))
+            some.pop(draw(st.sampled_from([*some, "none"])), None)
+        case "entry":
+            entry = [draw(NAMES), draw(SHAPES | JSON)]
+            at = draw(st.integers(0, len(entries)))
+            entries[at : at + draw(st.integers(0, 2))] = draw(st.sampled_from([[entry], []]))
+            metadata["manifest"] = json.dumps(entries)
+        case "swap":
+            metadata["manifest"] = json.dumps(draw(st.permutations(entries)))
+        case "tensor":
+            shape = st.just(tensors[name].shape) if (name := draw(NAMES)) in tensors else SHAPES
+            tensors[name] = torch.full(draw(shape | SHAPES), draw(VALUES)).to(draw(DTYPES))
+        case "d":
+            tensors["theta"] = torch.full([draw(st.integers(0, 600))], 0.5)
+            metadata["d"] = str(len(tensors["theta"]))
+
+
+def kind(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.is_floating_point(), t.is_complex(), t.dtype == torch.bool
+
+
+def meaning(metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Module) -> Any:
+    """Partition, manifest and head of an adapter of this model; some exception if it is none."""
+    assert metadata["format"] == "gpart-v1"
+    P = Partition(*(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric")))
+    manifest = [(name, tuple(shape)) for name, shape in json.loads(metadata["manifest"])]
+    heads = {name: t for name, t in tensors.items() if name != "theta"}
+    weights, own = parameters(model), model.state_dict()
+    assert all(weights[name].shape == shape for name, shape in manifest)
+    assert all(kind(own[name]) == kind(t) for name, t in heads.items())
+    assert len({*dict(manifest), *heads}) == len(manifest) + len(heads)
+    assert sum(weights[name].numel() for name, _ in manifest) == P.N
+    assert tensors["theta"].dtype == torch.float32 and tensors["theta"].shape == (P.d,)
+    assert all(t.isfinite().all() for t in tensors.values())
+    if g := getattr(model, "gpart", None):
+        assert (P, manifest, {*heads}) == (g.partition, g.manifest, {*g.saved})
+    return P, manifest, heads
+
+
+@slow
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_load_takes_what_the_format_allows_and_nothing_else(attached, data, file):
+    """A signed file with drawn changes: if it is still an adapter of this model, its theta and head
+    are loaded and no other bit is changed. Otherwise a ValueError, and no bit is."""
+    metadata, tensors = (dict(sorted(part.items())) for part in read(file))
+    del metadata["sha256"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        tamper(data.draw, metadata, tensors)
+    signed = {**metadata, "sha256": gpart._digest(metadata, tensors)}
+    save_file(tensors, path := file.with_name("tampered.safetensors"), signed)
+    model = trained(seed=1) if attached else NET.model()
+    before, own = snapshot(model), {n: w.clone() for n, w in model.state_dict().items()}
+    try:
+        P, manifest, heads = meaning(metadata, tensors, model)
+    except Exception:
+        with pytest.raises(ValueError):
+            load(model, path)
+        assert snapshot(model) == before
+    else:
+        g = load(model, path)
+        assert (g.partition, g.manifest, {*g.saved}) == (P, manifest, {*heads})
+        expected = {**own, **heads, "gpart.theta": tensors["theta"]}
+        for name, w in model.state_dict().items():
+            assert torch.equal(w, expected[name].to(w.dtype))
+
+
+K, M = 10**3, 10**6
+SIGNED = {  # K of each fits into a header that load reads, M does not
+    "names": lambda n: manifest(lambda m: m.extend([f"{k}.weight", [24, 16]] for k in range(n))),
+    "equal names": lambda n: manifest(lambda m: m.extend(m[:1] * n), grow=24 * 16 * n),
+    "dimensions": lambda n: put_shape([1] * n),
+    "letters of name": lambda n: put_name("x" * 9 * n),
+    "letters of shape": lambda n: put_shape("x" * 9 * n),
+    "letters of format": lambda n: put(format="x" * 9 * n),
+    "digits of seed": lambda n: put(seed="9" * 4 * n),
+    "numbers for a seed": lambda n: put(seed=str([0] * n)),
+    "weights": lambda n: put(N=str(n * M), d=str(n * K)),
+}
+RAW = {
+    "dimensions of theta": lambda n: put_claim(shape=[1] * n),
+    "letters of dtype": lambda n: put_claim(dtype="F" * 9 * n),
+    "letters of key": lambda n: put_header('"theta"', f'"{"theta" * n}"'),
+    "nested lists": lambda n: lambda content: pack(b"[" * 9 * n),
+    "tensors": lambda n: lambda content: many_tensors(n),
+}
+MEASURED = """
+import copy, json, os, sys, time, torch, gpart
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+plain, attached = (torch.load(sys.argv[1], weights_only=False) for _ in range(2))
+gpart.load(attached, sys.argv[2])
+before, results = peak(), {}
+for path in sys.argv[3:]:
+    for model in plain, attached:
+        state, start = copy.deepcopy(model.state_dict()), time.perf_counter()
+        try:
+            gpart.load(model, path)
+        except ValueError as error:
+            seconds, letters = time.perf_counter() - start, len(str(error).replace(path, ""))
+        after = model.state_dict()
+        assert {*after} == {*state} and all(torch.equal(after[key], state[key]) for key in state)
+        worst = results.get(path, (0, 0))
+        results[path] = max(worst[0], seconds), max(worst[1], letters)
+    os.remove(path)
+print(json.dumps([peak() - before, [*results.values()]]))
+"""
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux tells it")
+def test_hostile_files_take_no_time_and_no_memory(file):
+    """A million names, dimensions or tensors, 10^12 elements in a sparse file of that size: each is
+    refused in less than a second, in a message of at most 1,000 letters; and all together add less
+    than 32 MB to the process's peak, which is less than most of these files are long."""
+    content, base, paths = file.read_bytes(), file.with_name("base.pt"), []
+    net = NET.model()
+    torch.save(nn.ModuleDict({"body": net.body, "head": net.head}), base)
+    for edits, n in itertools.product((SIGNED, RAW), (K, M)):
+        for name, edit in edits.items():
+            paths.append(path := file.with_name(f"{n} {name}"))
+            path.write_bytes(content if edits is SIGNED else edit(n)(content))
+            if edits is SIGNED:
+                rewrite(path, edit(n))
+    paths.append(sparse := file.with_name("sparse"))
+    claim = {"theta": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
+    sparse.write_bytes(head := pack(json.dumps({"__metadata__": read(file)[0], **claim}).encode()))
+    os.truncate(sparse, len(head) + 4 * 10**12)
+    growth, results = json.loads(python(MEASURED, base, file, *paths))
+    assert len(results) == 2 * (len(SIGNED) + len(RAW)) + 1
+    for path, (seconds, letters) in zip(paths, results, strict=True):
+        assert seconds < 1 and letters <= 1000, path
+    assert growth < 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """An adapter file of gpart 0.1.0, and what it has always meant."""
+
+    build: Callable[[], nn.Module]
+    partition: Partition
+    theta: str  # sha256 of theta's bytes; merged is that of the merged model's
+    merged: str
+    text: str
+
+    @property
+    def content(self) -> bytes:
+        return base64.b64decode(self.text)
+
+    def model(self) -> nn.Module:
+        """Weights that are multiples of 1/64 and no random numbers, on any release of torch."""
+        with torch.device("meta"):
+            model = self.build()
+        for w in model.to_empty(device="cpu").parameters():
+            w.data.copy_((torch.arange(w.numel()) % 64 / 64 - 0.5).view(w.shape))
+        return model
+
+
+# These bytes never change: a format that reads them otherwise has another name.
+GOLDEN = {
+    "d = 1": Golden(
+        lambda: nn.Linear(4, 3),
+        Partition(12, 1),
+        "c0e336a5f371ef22cd534e094269f2c1a9635cd080b71ffa671086832d3b60b7",
+        "ecf32c664b59bbb9d5d0a256074e1106b01c8eafdd676e644c26550f71b3d6ff",
+        """
+    OAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJiYXNlX21vZGVsX25hbWVfb3JfcGF0aCI6IiIsImlzb21ldHJpYyI6InRydWUi
+    LCJzaGEyNTYiOiI5OTliYjFkYTE4NWEyYjBlYjMxYjNiZTk2MjA1OTUwODk5MDVmN2M4Y2Y0Mzg5YmE4NmNjNTBhMzQ3MTQw
+    Mzc0Iiwic2VlZCI6IjAiLCJncGFydF92ZXJzaW9uIjoiMC4xLjAiLCJOIjoiMTIiLCJmb3JtYXQiOiJncGFydC12MSIsImQi
+    OiIxIiwibWFuaWZlc3QiOiJbW1wid2VpZ2h0XCIsIFszLCA0XV1dIn0sInRoZXRhIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUi
+    OlsxXSwiZGF0YV9vZmZzZXRzIjpbMCw0XX19ICAgICAAAMA/
+        """,
+    ),
+    "not isometric": Golden(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2).bfloat16()),
+        Partition(30, 7, 2**40 + 1, isometric=False),
+        "3e6946f47e4d30dd842d097e35841083ed0ac39a05fad549892cc3fbd620226f",
+        "909b58997c63027e4c66d500eb8bc26239b7e776e7201578c514eba923f3319c",
+        """
+    yAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJtYW5pZmVzdCI6IltbXCIwLndlaWdodFwiLCBbNSwgNl1dXSIsImQiOiI3Iiwi
+    aXNvbWV0cmljIjoiZmFsc2UiLCJOIjoiMzAiLCJncGFydF92ZXJzaW9uIjoiMC4xLjAiLCJzZWVkIjoiMTA5OTUxMTYyNzc3
+    NyIsImJhc2VfbW9kZWxfbmFtZV9vcl9wYXRoIjoiIiwic2hhMjU2IjoiNDQyMTdkY2I0MzRhNjFmNjA4NmYyMTViOWI0NTBm
+    YjViZDFjOGNiNmE2YWNhMDNkZWJjMmE5OWVhOTJjYzE5MyIsImZvcm1hdCI6ImdwYXJ0LXYxIn0sInRoZXRhIjp7ImR0eXBl
+    IjoiRjMyIiwic2hhcGUiOls3XSwiZGF0YV9vZmZzZXRzIjpbMCwyOF19LCIyLmJpYXMiOnsiZHR5cGUiOiJCRjE2Iiwic2hh
+    cGUiOlsyXSwiZGF0YV9vZmZzZXRzIjpbMjgsMzJdfSwiMi53ZWlnaHQiOnsiZHR5cGUiOiJCRjE2Iiwic2hhcGUiOlsyLDVd
+    LCJkYXRhX29mZnNldHMiOlszMiw1Ml19fSAgICAgICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+AL/4vhq/6r6hvjC+
+    6rzqPYQ+zT4LPzA/
+        """,
+    ),
+    "six rounds": Golden(
+        lambda: nn.Linear(256, 256),
+        Partition(65_792, 7, 2**64 - 1),
+        "3e6946f47e4d30dd842d097e35841083ed0ac39a05fad549892cc3fbd620226f",
+        "af12920c8c1f04fcaac8380d8d908543b7c9f5fb4b1e6079a30720791731e562",
+        """
+    aAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJkIjoiNyIsImlzb21ldHJpYyI6InRydWUiLCJncGFydF92ZXJzaW9uIjoiMC4x
+    LjAiLCJtYW5pZmVzdCI6IltbXCJ3ZWlnaHRcIiwgWzI1NiwgMjU2XV0sIFtcImJpYXNcIiwgWzI1Nl1dXSIsInNoYTI1NiI6
+    ImI4MDMxZDA3ZmIwYTY4YmVjMTY5ZmEzY2E3ODdhMThhODRjYzU5MDZjZWUxMTU0YjM4ODhiZDY1NjhjYmRjNmMiLCJmb3Jt
+    YXQiOiJncGFydC12MSIsImJhc2VfbW9kZWxfbmFtZV9vcl9wYXRoIjoiIiwiTiI6IjY1NzkyIiwic2VlZCI6IjE4NDQ2NzQ0
+    MDczNzA5NTUxNjE1In0sInRoZXRhIjp7ImR0eXBlIjoiRjMyIiwic2hhcGUiOls3XSwiZGF0YV9vZmZzZXRzIjpbMCwyOF19
+    fSAgICAgICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+
+        """,
+    ),
+    "d = N": Golden(
+        lambda: nn.Linear(4, 3).bfloat16(),
+        Partition(12, 12, 5),
+        "2ef5ceccc49d77b36e7d6c407fb8ae7cb97a4f83e0712091b527f089347a58b1",
+        "f0f6b93bdbf099a843e1e85510a8e5b36455bc8028ec2fbff16410203de885bb",
+        """
+    OAEAAAAAAAB7Il9fbWV0YWRhdGFfXyI6eyJmb3JtYXQiOiJncGFydC12MSIsImdwYXJ0X3ZlcnNpb24iOiIwLjEuMCIsInNl
+    ZWQiOiI1IiwiYmFzZV9tb2RlbF9uYW1lX29yX3BhdGgiOiIiLCJzaGEyNTYiOiJiMTcyYWE4YTJhYjg0OTU1MGY3NzYwZjll
+    NTM1NzBmYzFlMzY1YzAxODQzNjUyMTBiZTM1YzFmYjQ0MzBmMmQxIiwiTiI6IjEyIiwiaXNvbWV0cmljIjoidHJ1ZSIsImQi
+    OiIxMiIsIm1hbmlmZXN0IjoiW1tcIndlaWdodFwiLCBbMywgNF1dXSJ9LCJ0aGV0YSI6eyJkdHlwZSI6IkYzMiIsInNoYXBl
+    IjpbMTJdLCJkYXRhX29mZnNldHMiOlswLDQ4XX19ICAAAMA/AACAvwAAQD+amRm/AAAAP7dt274AAMA+q6qqvpqZmT7poou+
+    AACAPsVObL4=
+        """,
+    ),
+}
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_golden_files_load_for_ever(golden, tmp_path):
+    """Files of gpart-v1, written once, give the recorded theta and W + P theta, bit for bit, and
+    are saved again with the same content. If this fails, the format has changed: rename FORMAT."""
+    (path := tmp_path / "golden.safetensors").write_bytes(golden.content)
+    metadata, tensors = read(path)
+    assert len(golden.content) < 1024 and metadata["gpart_version"] == "0.1.0"
+    g = load(model := golden.model(), path)
+    assert g.partition == golden.partition and sha256(g.theta) == golden.theta
+    save(model, path)
+    again, same = read(path)
+    assert gpart._digest({}, same) == gpart._digest({}, tensors)
+    version = {"gpart_version": gpart.__version__}  # the digest covers it
+    del metadata["sha256"]
+    assert again.pop("sha256") == gpart._digest(metadata | version, tensors)
+    assert again == metadata | version
+    detach(model, merge=True)
+    state = [t.flatten().view(torch.uint8) for t in model.state_dict().values()]
+    assert sha256(torch.cat(state)) == golden.merged
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """One random damage: bytes overwritten, inserted, zeroed, cut out, doubled, reversed, moved."""
+    i, j = sorted(draw.randrange(len(content) + 1) for _ in range(2))
+    a, b, c = content[:i], content[i:j], content[j:]
+    some = draw.randbytes(draw.choice([1, 2, 8, 64]))
+    head = draw.randrange(2 ** draw.choice([5, 10, 16, 64])).to_bytes(8, "little")
+    bits = int.from_bytes(content, "little") ^ 1 << draw.randrange(8 * len(content))
+    kinds = [a, c, a + c, a + b + b + c, c + b + a, a + b[::-1] + c, a + bytes(len(b)) + c]
+    kinds += [a + some + b + c, a + some + content[i + len(some) :], head + content[8:]]
+    return draw.choice([*kinds, bits.to_bytes(len(content), "little")])
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_mutated_file_is_refused(golden, attached, tmp_path):
+    """Each of 500 different damages to a golden file, in all 4,000: a ValueError, the model bit
+    for bit as it was. The undamaged file still loads."""
+    (path := tmp_path / "mutated.safetensors").write_bytes(golden.content)
+    model, draw = golden.model(), random.Random(0)
+    if attached:
+        load(model, path).theta.data.fill_(1.0)
+    drawn = dict.fromkeys(mutate(golden.content, draw) for _ in range(650))
+    damaged = [content for content in drawn if content != golden.content][:500]
+    before = snapshot(model)
+    assert len(damaged) == 500
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="no usable adapter file"):
+            load(model, path)
+        assert snapshot(model) == before
+    path.write_bytes(golden.content)
+    assert sha256(load(model, path).theta) == golden.theta
 
 
 def test_missing_file_is_an_os_error(file):
