@@ -398,7 +398,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         g.active = active or merged
-        if merged:
+        if merged and model._modules.get("gpart") is g:  # not detached inside the block
             merge(model)
 
 

@@ -320,6 +320,21 @@ def test_disabled_is_the_pretrained_model(case):
 
 
 @pytest.mark.parametrize("merged", [False, True])
+def test_leaving_disabled_after_detach_changes_nothing(merged):
+    """An adapter detached inside the block is not merged again, nor is its successor."""
+    for attach_anew in (False, True):
+        model, _ = (case := MODELS["bert"]).adapted()
+        if merged:
+            merge(model)
+        with disabled(model):
+            detach(model)
+            if attach_anew:
+                case.attach(model).theta.data.fill_(1.0)
+            inside = snapshot(model)
+        assert snapshot(model) == inside
+
+
+@pytest.mark.parametrize("merged", [False, True])
 def test_detach_restores_everything(case, merged):
     """detach: classes, names, requires_grad and bits as attach found them, however often."""
     before = snapshot(model := case.model())
