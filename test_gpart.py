@@ -396,6 +396,24 @@ def test_tied_embeddings_count_once_and_move_everywhere():
     assert model.lm_head.weight is model.shared.weight  # still one parameter
 
 
+@pytest.mark.parametrize("when", ["attached", "merged"])
+def test_untied_parameters_still_move_together(when):
+    """load_state_dict(assign=True) unties what attach found tied: merge and unmerge reach each."""
+    model, _ = (case := MODELS["t5-tied"]).adapted()
+    y = case(model)
+    if when == "merged":
+        merge(model)
+    model.load_state_dict({k: w.clone() for k, w in model.state_dict().items()}, assign=True)
+    if when == "attached":
+        merge(model)
+    assert model.lm_head.weight is not model.shared.weight
+    assert torch.equal(case(model), y)
+    unmerge(model)
+    assert torch.equal(case(model), y)
+    detach(model)
+    assert snapshot(model) == snapshot(case.pristine)
+
+
 def test_encoder_fast_path_is_taken():
     """The laws above cover torch's C++ layer: without grad torch-encoder runs it, twice."""
     real = torch._transformer_encoder_layer_fwd
