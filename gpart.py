@@ -211,8 +211,7 @@ class AdaptedLinear(Adapted, nn.Linear):
     """An nn.Linear on the fused path."""
 
     def forward(self, input: Tensor) -> Any:
-        g, names, _ = self.__dict__["_adapter"]
-        w = self._parameters["weight"]
+        (g, names, _), w = self.__dict__["_adapter"], self._parameters["weight"]
         if not g.active or "weight" not in names:
             return super().forward(input)
         return FusedLinear.apply(input, w, self.bias, *g.parts(names["weight"], w))  # type: ignore[no-untyped-call]
@@ -228,7 +227,8 @@ class GPart(nn.Module):
         super().__init__()
         used = hasattr(model, "gpart") or any(isinstance(m, Adapted) for m in model.modules())
         _require(not used, "the model has an adapter already: detach(model) first")
-        trained = {id(w) for n, w in model.named_parameters(remove_duplicate=False) if n in saved}
+        own = dict(model.named_parameters(remove_duplicate=False))
+        trained = {id(w) for name, w in own.items() if name in saved}
         names = {id(w): name for name, w in weights.items() if id(w) not in trained}
         self.ids, n = {}, 0
         for name, w in weights.items():
@@ -241,13 +241,13 @@ class GPart(nn.Module):
         self.manifest = [(name, tuple(w.shape)) for name, w in weights.items()]
         self.saved, self.active = [*saved], True  # modules_to_save's keys; not merged or disabled
         self.pretrained: dict[str, Tensor] = {}  # copies of the weights while merged
-        self.flags = {name: w.requires_grad for name, w in model.named_parameters()}
-        for module in model.modules():
-            base, owned = type(module), module._parameters.items()
-            if adapted := {key: names[id(w)] for key, w in owned if id(w) in names}:
+        self.owners = {name: names[id(w)] for name, w in own.items() if id(w) in names}
+        self.flags = {name: w.requires_grad for name, w in own.items()}
+        for m in model.modules():
+            if adapted := {k: names[id(w)] for k, w in m._parameters.items() if id(w) in names}:
+                m.__dict__["_adapter"] = (self, adapted, base := type(m))
                 plain = type(f"Adapted{base.__name__}", (Adapted, base), {})
-                module.__class__ = AdaptedLinear if fused and base is nn.Linear else plain
-                module.__dict__["_adapter"] = (self, adapted, base)
+                m.__class__ = AdaptedLinear if fused and base is nn.Linear else plain
         for w in model.parameters():
             w.requires_grad_(id(w) in trained)
         model.gpart = self
@@ -338,10 +338,10 @@ def _match(model: nn.Module, names: Any, argument: str, skip: Any = ()) -> dict[
 
 # --- 5. Merging ---
 def _attached(model: nn.Module) -> tuple[GPart, dict[str, Tensor]]:
-    """The adapter and the parameters it adapts: the frozen W, or W + P theta while merged."""
+    """The adapter and all it adapts, each name of a tied one: W, or W + P theta while merged."""
     g, own = model._modules.get("gpart"), dict(model.named_parameters(remove_duplicate=False))
     if isinstance(g, GPart):
-        return g, {name: own[name] for name, _ in g.manifest}
+        return g, {name: own[name] for name in g.owners}
     raise ValueError(f"{type(model).__name__} has no adapter: attach or load one, or unwrap it")
 
 
@@ -355,7 +355,7 @@ def merge(model: nn.Module) -> None:
     _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
     g.pretrained, g.active = {name: w.clone() for name, w in weights.items()}, False
     for name, w in weights.items():
-        w.copy_(add_update(w, *g.parts(name, w)))
+        w.copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)))
 
 
 @torch.no_grad()
@@ -381,7 +381,7 @@ def detach(model: nn.Module, merge: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Adapted):
             module.__class__ = module.__dict__.pop("_adapter")[2]
-    for name, w in model.named_parameters():
+    for name, w in model.named_parameters(remove_duplicate=False):
         w.requires_grad_(g.flags.get(name, w.requires_grad))
 
 
@@ -397,7 +397,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         g.active = active or merged
-        if merged:
+        if merged and model._modules.get("gpart") is g:  # not detached inside the block
             merge(model)
 
 

@@ -324,6 +324,21 @@ def test_disabled_is_the_pretrained_model(case):
 
 
 @pytest.mark.parametrize("merged", [False, True])
+def test_leaving_disabled_after_detach_changes_nothing(merged):
+    """An adapter detached inside the block is not merged again, nor is its successor."""
+    for attach_anew in (False, True):
+        model, _ = (case := MODELS["bert"]).adapted()
+        if merged:
+            merge(model)
+        with disabled(model):
+            detach(model)
+            if attach_anew:
+                case.attach(model).theta.data.fill_(1.0)
+            inside = snapshot(model)
+        assert snapshot(model) == inside
+
+
+@pytest.mark.parametrize("merged", [False, True])
 def test_detach_restores_everything(case, merged):
     """detach: classes, names, requires_grad and bits as attach found them, however often."""
     before = snapshot(model := case.model())
@@ -399,6 +414,24 @@ def test_a_tied_parameter_may_go_by_any_of_its_names(tmp_path):
         assert torch.equal(m(normal(2, 4)), y) and m.a.weight is m.b.weight
         detach(m)
         assert torch.equal(m.b.weight, pristine.b.weight)
+
+
+@pytest.mark.parametrize("when", ["attached", "merged"])
+def test_untied_parameters_still_move_together(when):
+    """load_state_dict(assign=True) unties what attach found tied: merge and unmerge reach each."""
+    model, _ = (case := MODELS["t5-tied"]).adapted()
+    y = case(model)
+    if when == "merged":
+        merge(model)
+    model.load_state_dict({k: w.clone() for k, w in model.state_dict().items()}, assign=True)
+    if when == "attached":
+        merge(model)
+    assert model.lm_head.weight is not model.shared.weight
+    assert torch.equal(case(model), y)
+    unmerge(model)
+    assert torch.equal(case(model), y)
+    detach(model)
+    assert snapshot(model) == snapshot(case.pristine)
 
 
 def test_encoder_fast_path_is_taken():

@@ -15,6 +15,7 @@ the smallest partition that breaks the law. In the order of the file:
     weight decay   L2 (Eq. 18), SGD, AdamW, and what each means without isometry
     partition      sizes, bijection, nesting, slices, chunks, seeds
     exactness      merge and unmerge, disabled, detach, save and load: bit for bit
+    life cycle     after any calls in any order: the weights, the outputs, what detach gives
     N <= 24        every (N, d), not sampled
     format         gpart-v1 against plain integers, and its golden vectors
 
@@ -22,9 +23,13 @@ HYPOTHESIS_PROFILE=dev draws new examples at each run; the default, ci, always d
 """
 
 import copy
+import dataclasses
 import functools
+import itertools
 import math
+import operator
 import os
+import pickle
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -34,8 +39,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings, stateful
 from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -44,7 +50,8 @@ from gpart import GPart, Partition, attach, detach, disabled, load, merge, save,
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.register_profile("dev", deadline=None, max_examples=200)
-settings.register_profile("quick", settings.get_profile("ci"), max_examples=10)
+PHASES = [Phase.explicit, Phase.generate]  # no shrinking: a mutant need only fail
+settings.register_profile("quick", settings.get_profile("ci"), max_examples=10, phases=PHASES)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 LR, DECAY = 0.125, 0.3
@@ -130,10 +137,15 @@ def flat(g: GPart, tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name, _ in g.manifest])
 
 
-def bits(model: nn.Module) -> dict[str, list[int]]:
-    """{name: bytes} of every parameter but theta: stricter than ==, since -0.0 is not 0.0."""
-    named = [(name, p) for name, p in model.named_parameters() if name != "gpart.theta"]
-    return {name: p.detach().flatten().view(torch.uint8).tolist() for name, p in named}
+def raw(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """{name: dtype, shape and bytes}: stricter than ==, since -0.0 is not 0.0."""
+    flat = {name: t.detach().flatten().view(torch.uint8) for name, t in tensors.items()}
+    return {name: (t.dtype, t.shape, flat[name].tolist()) for name, t in tensors.items()}
+
+
+def bits(model: nn.Module) -> dict[str, Any]:
+    """raw of every parameter but theta."""
+    return raw({name: p for name, p in model.named_parameters() if name != "gpart.theta"})
 
 
 def adamw(theta: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
@@ -625,9 +637,376 @@ def test_saving_is_repeatable(folder: Path, nets: Any) -> None:
     for path in files:
         with safe_open(path, framework="pt") as f:
             tensors = {key: f.get_tensor(key) for key in sorted(f.keys())}
-            raw = {key: t.flatten().view(torch.uint8).tolist() for key, t in tensors.items()}
-            contents.append((f.metadata(), raw))
+            contents.append((f.metadata(), raw(tensors)))
     assert contents[0] == contents[1] == contents[2]
+
+
+# --- Life cycle ---
+Weights = dict[str, Tensor]
+TOKENS = st.lists(st.integers(0, 4), min_size=8, max_size=8)
+TARGETS = (["body"], ["embed"], ["conv", "out"], ["embed", "conv", "body", "out"])
+OPTIONS = st.fixed_dictionaries(
+    {
+        "target_modules": st.sampled_from(TARGETS),
+        "seed": SEEDS,
+        "bias": st.booleans(),
+        "isometric": st.booleans(),
+        "fused": st.booleans(),
+    }
+)
+SGD = functools.partial(torch.optim.SGD, lr=LR, weight_decay=DECAY)
+ADAMW = functools.partial(torch.optim.AdamW, lr=LR, weight_decay=DECAY, eps=1e-3)  # float16's eps
+CASTS = (nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double)
+
+
+class Network(nn.Module):
+    """An Embedding, a Conv1d, a Linear, a Linear tied to the Embedding, and a head with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(5, 3), nn.Conv1d(2, 2, 1)
+        self.body, self.out = nn.Linear(3, 3), nn.Linear(3, 5)
+        self.out.weight = self.embed.weight
+        self.head = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.body(self.conv(self.embed(tokens))).tanh()  # [4, 2] -> [4, 2, 3]
+        return self.head(self.out(h).sum(1)).tanh()  # [4, 2, 5] -> [4, 5] -> [4, 2]
+
+
+def parameters(model: nn.Module) -> Weights:
+    """{name: parameter}, a tied one under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+@dataclasses.dataclass
+class Oracle:
+    """What a model must hold, read and compute, by a network that never has an adapter."""
+
+    plain: nn.Module  # the pretrained weights, and the head as it is; cast like the model
+    theta: Tensor | None = None  # float32 [d], while attached
+    recipe: Any = None  # names, d, seed, isometric: files of that recipe fit
+    ids: Weights = dataclasses.field(default_factory=dict)  # {name: g, in the weight's shape}
+    scale: Any = None  # float64 [d]
+    fused: bool = True
+    merged: Weights = dataclasses.field(default_factory=dict)  # W + P theta as merge computed it
+    blocks: int = 0  # disabled blocks that the adapter is in
+
+    def names(self, modules: Any, bias: bool) -> list[str]:
+        """The manifest's: in the network's order, the first of those a tied parameter has there."""
+        first: dict[int, str] = {}
+        for name, w in parameters(self.plain).items():
+            module, _, kind = name.rpartition(".")
+            if module in modules and (bias or kind == "weight"):
+                first.setdefault(id(w), name)
+        return [*first.values()]
+
+    def attach(self, recipe: Any, fused: bool) -> None:
+        """theta = 0, and g from the format in plain integers."""
+        (names, d, seed, isometric), own = recipe, parameters(self.plain)
+        parts = [own[name].numel() for name in names]
+        pi, (q, r) = plain_pi(sum(parts), seed), divmod(sum(parts), d)
+        g = torch.tensor([pi(i) % d for i in range(sum(parts))]).split(parts)
+        for name, j in zip(names, g, strict=True):
+            tied = [key for key, w in own.items() if w is own[name]]
+            self.ids |= dict.fromkeys(tied, j.view(own[name].shape))
+        sizes = torch.tensor([q + (j < r) for j in range(d)], dtype=torch.float64)
+        self.scale = sizes.sqrt().reciprocal() if isometric else torch.ones_like(sizes)
+        self.theta, self.recipe, self.fused = torch.zeros(d), recipe, fused
+
+    def detach(self) -> None:
+        """The pretrained weights again."""
+        vars(self).update(vars(Oracle(self.plain)))
+
+    def moved(self, theta: Any) -> Weights:
+        """{name: cast(W + P theta)}: in promote(W's dtype, float32), rounded once."""
+        own, new = parameters(self.plain), {}
+        for name, j in self.ids.items():
+            wide = torch.promote_types(own[name].dtype, torch.float32)
+            delta = (theta.to(wide) * self.scale.to(wide))[j]
+            new[name] = (own[name].detach().to(wide) + delta).to(own[name].dtype)
+        return new
+
+    @property
+    def active(self) -> bool:
+        return self.theta is not None and not self.merged and not self.blocks
+
+    @property
+    def picklable(self) -> bool:
+        """Attached on the fused path alone: other classes are made by attach."""
+        return self.fused and {name.partition(".")[0] for name in self.ids} == {"body"}
+
+    def run(self, tokens: Tensor, theta: Any) -> Tensor:
+        """The output of the plain network with the weights that the model must read."""
+        weights = self.moved(theta) if self.active else self.merged
+        return torch.func.functional_call(self.plain, weights, tokens, tie_weights=False)
+
+    def check(self, model: Any) -> None:
+        """model holds and reads these bits, and trains what it must; detached, it is as it was."""
+        held = {**self.plain.state_dict(), **self.merged}
+        read = {**held, **self.moved(self.theta)} if self.active else held
+        assert raw({name: operator.attrgetter(name)(model) for name in held}) == raw(read)
+        modes = {name: m.training for name, m in model.named_modules() if name != "gpart"}
+        assert modes == {name: m.training for name, m in self.plain.named_modules()}
+        trained = {name for name, w in parameters(model).items() if w.requires_grad}
+        if self.theta is None:
+            assert trained == {n for n, w in parameters(self.plain).items() if w.requires_grad}
+            for module, plain in zip(model.modules(), self.plain.modules(), strict=True):
+                assert (type(module), {*vars(module)}) == (type(plain), {*vars(plain)})
+        else:
+            held["gpart.theta"] = self.theta
+            heads = {n for n in parameters(self.plain) if n.startswith("head.")}
+            assert trained == {"gpart.theta", *heads}
+            assert f"merged={bool(self.merged)}" in repr(model.gpart)
+        assert raw(model.state_dict()) == raw(held)
+
+
+class LifeCycle(stateful.RuleBasedStateMachine):
+    """A model, its oracle, and every call that may happen to it; oracle.check after each."""
+
+    files = stateful.Bundle("files")
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.count = folder, itertools.count()
+
+    @initialize(
+        target=files,
+        seed=RANDOM,
+        dtype=st.sampled_from(DTYPES),
+        frozen=st.sets(st.integers(0, 9)),
+        d=st.integers(1, 50),
+        options=OPTIONS,
+        merged=st.booleans(),
+    )
+    def start(
+        self, seed: int, dtype: Any, frozen: set[int], d: int, options: Any, merged: bool
+    ) -> Any:
+        """A pretrained network, theta random and saved, perhaps merged."""
+        source, plain = torch.Generator().manual_seed(seed), Network().to(dtype)
+        for k, w in enumerate(plain.parameters()):
+            w.data.normal_(generator=source)
+            w.requires_grad_(k not in frozen)
+        self.model: Any = copy.deepcopy(plain)
+        self.oracle, self.random = Oracle(plain), torch.get_rng_state()
+        self.left: list[tuple[Any, Oracle]] = []  # by deepcopy
+        self.blocks: list[tuple[Any, Any, bool]] = []  # disabled ones: its GPart, was it merged
+        self.attach(d, options)
+        self.set_theta(seed)
+        if merged:
+            self.merge_or_unmerge()
+        return self.save()
+
+    @property
+    def attached(self) -> bool:
+        return self.oracle.theta is not None
+
+    @invariant()
+    def is_as_the_oracle_says(self) -> None:
+        self.oracle.check(self.model)
+        assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), self.random)
+
+    @precondition(lambda self: not self.attached)
+    @rule(d=st.integers(1, 50), options=OPTIONS)
+    def attach(self, d: int, options: Any) -> None:
+        names = self.oracle.names(options["target_modules"], options["bias"])
+        d = min(d, sum(self.oracle.plain.get_parameter(name).numel() for name in names))
+        self.oracle.attach((names, d, options["seed"], options["isometric"]), options["fused"])
+        attach(self.model, d, modules_to_save=["head"], **options)
+
+    @precondition(lambda self: self.attached)
+    @rule(seed=RANDOM)
+    def set_theta(self, seed: int) -> None:
+        [theta] = normals(seed, len(self.oracle.theta))
+        self.oracle.theta = theta.float()
+        self.model.gpart.theta.data.copy_(theta)
+
+    @precondition(lambda self: self.attached)
+    @rule(tokens=TOKENS, optimizer=st.sampled_from([SGD, ADAMW]))
+    def train_step(self, tokens: list[int], optimizer: Any) -> None:
+        """The gradient is that of the dense weights; nothing else has one, or moves."""
+        x, theta = torch.tensor(tokens).view(4, 2), self.oracle.theta.clone().requires_grad_()
+        trained = {n: w for n, w in parameters(self.model).items() if w.requires_grad}
+        optimizer = optimizer(trained.values())
+        y, want = self.model(x), self.oracle.run(x, theta)
+        assert raw({"y": y}) == raw({"y": want})
+        y.mean().backward()
+        found = {name for name, w in parameters(self.model).items() if w.grad is not None}
+        if self.oracle.active:
+            [gradient] = torch.autograd.grad(want.mean(), theta)
+            eps = 100 * max(torch.finfo(dtype).eps for dtype in (y.dtype, theta.dtype))
+            torch.testing.assert_close(trained["gpart.theta"].grad, gradient, rtol=eps, atol=eps)
+            assert found == {*trained}
+        else:
+            assert found == {*trained} - {"gpart.theta"}
+        optimizer.step()
+        optimizer.zero_grad()
+        self.oracle.theta = trained.pop("gpart.theta").detach().clone()
+        for name, w in trained.items():
+            self.oracle.plain.get_parameter(name).data.copy_(w.detach())
+
+    @rule(tokens=TOKENS, training=st.booleans())
+    def run(self, tokens: list[int], training: bool) -> None:
+        """In train() or eval() from now on."""
+        x = torch.tensor(tokens).view(4, 2)
+        self.model.train(training)
+        self.oracle.plain.train(training)
+        want = self.oracle.run(x, self.oracle.theta)
+        assert raw({"y": self.model(x)}) == raw({"y": want})
+
+    @precondition(lambda self: self.attached and not self.oracle.blocks)
+    @rule()
+    def merge_or_unmerge(self) -> None:
+        (unmerge if self.oracle.merged else merge)(self.model)
+        active = self.oracle.active
+        self.oracle.merged = self.oracle.moved(self.oracle.theta) if active else {}
+
+    @precondition(lambda self: self.attached or self.blocks)
+    @rule(nest=st.booleans(), error=st.none() | st.just(KeyError()))
+    def disabled(self, nest: bool, error: KeyError | None) -> None:
+        """Enter a block; or leave one, by an exception or not."""
+        if self.blocks and not (nest and self.attached):
+            self.leave(error)
+            return
+        self.blocks.append((disabled(self.model), self.model.gpart, bool(self.oracle.merged)))
+        self.blocks[-1][0].__enter__()
+        self.oracle.merged = {}
+        self.oracle.blocks += 1
+
+    def leave(self, error: KeyError | None = None) -> None:
+        """Merged again if it was; if that adapter is gone: nothing."""
+        block, g, merged = self.blocks.pop()
+        assert not block.__exit__(error and KeyError, error, None)
+        if self.attached and self.model.gpart is g:
+            self.oracle.blocks -= 1
+            self.oracle.merged = self.oracle.moved(self.oracle.theta) if merged else {}
+
+    @precondition(lambda self: self.attached)
+    @rule(merge=st.booleans())
+    def detach(self, merge: bool) -> None:
+        """The pretrained weights; if merge, W + P theta, which are pretrained from then on."""
+        if merge := merge and not self.oracle.blocks:
+            weights = self.oracle.merged or self.oracle.moved(self.oracle.theta)
+            self.oracle.plain.load_state_dict(weights, strict=False)
+        self.oracle.detach()
+        detach(self.model, merge=merge)
+
+    @precondition(lambda self: self.attached)
+    @rule(target=files)
+    def save(self) -> Any:
+        path = self.folder / f"{next(self.count)}.safetensors"
+        save(self.model, path)
+        state = copy.deepcopy(self.oracle.plain.state_dict())
+        heads = {name: t for name, t in state.items() if name.startswith("head.")}
+        return path, self.oracle.recipe, self.oracle.theta.clone(), heads
+
+    @rule(file=files)
+    def load(self, file: Any) -> None:
+        """The file's theta and head; attached already, only unmerged and if the recipe is equal."""
+        path, recipe, theta, heads = file
+        if self.oracle.merged or recipe != (self.oracle.recipe or recipe):
+            with pytest.raises(ValueError, match=r"unmerge\(model\)|detach\(model\)"):
+                load(self.model, path)
+            return
+        if not self.attached:
+            self.oracle.attach(recipe, fused=True)
+        self.oracle.theta = theta
+        self.oracle.plain.load_state_dict(heads, strict=False)
+        load(self.model, path)
+
+    @rule(data=st.data())
+    def refused(self, data: Any) -> None:
+        """What the state does not allow is a ValueError and changes nothing."""
+        attached, oracle = self.attached, self.oracle
+        nowhere, junk = self.folder / "nowhere", self.folder / "junk"
+        junk.write_bytes(b"junk")
+        calls: dict[str, tuple[bool, Callable[..., Any]]] = {
+            "attach": (attached, lambda m: attach(m, 1, target_modules="body")),
+            "merge": (not oracle.active, merge),
+            "unmerge": (not oracle.merged, unmerge),
+            "disabled": (not attached, lambda m: disabled(m).__enter__()),
+            "detach": (not attached, detach),
+            "detach(merge=True)": (bool(oracle.blocks), lambda m: detach(m, merge=True)),
+            "save": (not attached, lambda m: save(m, nowhere)),
+            "load": (True, lambda m: load(m, junk)),
+        }
+        call = data.draw(st.sampled_from([name for name, (wrong, _) in calls.items() if wrong]))
+        with pytest.raises(ValueError, match=r"merge|attach|detach|no usable"):
+            calls[call][1](self.model)
+        assert not nowhere.exists()
+
+    @rule(casts=st.lists(st.sampled_from(CASTS), min_size=1, max_size=2), explicit=st.booleans())
+    def cast(self, casts: Any, explicit: bool) -> None:
+        """All but theta; merged, both the weights in use and the pretrained ones."""
+        for cast in casts:
+            dtype = cast(self.oracle.plain).head[1].weight.dtype
+            self.oracle.merged = {name: w.to(dtype) for name, w in self.oracle.merged.items()}
+            self.model.to("cpu", dtype) if explicit else cast(self.model)
+
+    @precondition(lambda self: self.attached)
+    @rule(follow=st.booleans())
+    def deepcopy(self, follow: bool) -> None:
+        """Go on with the copy or the original: the other must not change. A copy taken inside
+        disabled stays disabled."""
+        pairs = [(self.model, self.oracle), copy.deepcopy((self.model, self.oracle))]
+        self.model, self.oracle = pairs.pop(follow and not self.oracle.blocks)
+        self.left += pairs
+
+    @precondition(lambda self: self.oracle.picklable and not self.oracle.blocks)
+    @rule()
+    def pickle(self) -> None:
+        self.model = pickle.loads(pickle.dumps(self.model))
+
+    @precondition(lambda self: self.attached)
+    @rule(assign=st.booleans())
+    def state_dict_round_trip(self, assign: bool) -> None:
+        """Into itself, after theta was lost. assign=True unties the tied, with equal values."""
+        state = {name: t.clone() for name, t in self.model.state_dict().items()}
+        nn.init.ones_(self.model.gpart.theta)
+        self.model.load_state_dict(state, assign=assign)
+        if assign:
+            plain = {name: t.clone() for name, t in self.oracle.plain.state_dict().items()}
+            self.oracle.plain.load_state_dict(plain, assign=True)
+
+    @precondition(lambda self: self.attached and not self.oracle.blocks)
+    @rule()
+    def state_dict_into_a_fresh_model(self) -> None:
+        """An ordinary checkpoint: attach anew, in the same state, and load it. Not if the network
+        was untied in between."""
+        names, d, seed, isometric = self.oracle.recipe
+        modules = [*dict.fromkeys(name.rpartition(".")[0] for name in names)]
+        bias, fused = any(name.endswith("bias") for name in names), self.oracle.fused
+        fresh, oracle = copy.deepcopy(self.oracle.plain), Oracle(self.oracle.plain)
+        oracle.attach((oracle.names(modules, bias), d, seed, isometric), fused)
+        if (oracle.recipe, {*oracle.ids}) != (self.oracle.recipe, {*self.oracle.ids}):
+            return
+        options = {"seed": seed, "bias": bias, "isometric": isometric, "fused": fused}
+        attach(fresh, d, target_modules=modules, modules_to_save="head", **options)
+        if self.oracle.merged:
+            merge(fresh)
+        fresh.load_state_dict(self.model.state_dict())
+        self.model = fresh
+
+    def teardown(self) -> None:
+        while self.blocks:
+            self.leave()
+        everyone = [(self.model, self.oracle), *self.left]
+        for model, oracle in everyone:
+            oracle.check(model)
+        for model, oracle in everyone:
+            if oracle.theta is not None:
+                detach(model)
+                oracle.detach()
+        for model, oracle in everyone:
+            oracle.check(model)
+
+
+def test_life_cycle(folder: Path) -> None:
+    """After any calls in any order the model is as the oracle says, bit for bit, and detach gives
+    the pretrained weights, flags and classes."""
+    machine = functools.partial(LifeCycle, folder)
+    budget = settings(max_examples=2 * settings().max_examples, stateful_step_count=50)
+    stateful.run_state_machine_as_test(machine, settings=budget)
 
 
 # --- N <= 24, exhaustively ---

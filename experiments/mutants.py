@@ -41,8 +41,8 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
     ],
     "merge adds twice": [
         (
-            "w.copy_(add_update(w, *g.parts(name, w)))",
-            "w.copy_(add_update(add_update(w, *g.parts(name, w)), *g.parts(name, w)))",
+            "w.copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)))",
+            "w.add_(expand(*g.parts(g.owners[name], w)).view(w.shape), alpha=2)",
         )
     ],
     "cycle walking stops after one step": [
@@ -53,8 +53,8 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
     ],
     "order of the manifest ignored on load": [
         (
-            "weights = {name: own[name] for name, _ in manifest}",
-            "weights = {name: w for name, w in own.items() if name in dict(manifest)}",
+            "{n: own[n] for n in names}, heads, True)",
+            "{n: w for n, w in own.items() if n in names}, heads, True)",
         )
     ],
     "grad_x from W instead of W + P theta": [
@@ -77,9 +77,7 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
     "for even, odd in zip(keys[::2], keys[1::2], strict=None):": EVEN,
     "for even, odd in zip(keys[::2], keys[1::2], ):": EVEN,
     "for even, odd in zip(keys[::2], keys[1::2], strict=False):": EVEN,
-    "trained = {id(w) for n, w in model.named_parameters(remove_duplicate=None) if n in saved}": (
-        FALSY
-    ),
+    "own = dict(model.named_parameters(remove_duplicate=None))": FALSY,
     "scale = self.partition.scale(dtype=None) if w.dtype is torch.float64 else self.scale": (
         "without a cast the scale stays what it was computed in, float64"
     ),
