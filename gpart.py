@@ -381,7 +381,7 @@ def detach(model: nn.Module, merge: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Adapted):
             module.__class__ = module.__dict__.pop("_adapter")[2]
-    for name, w in model.named_parameters(remove_duplicate=False):
+    for name, w in model.named_parameters():
         w.requires_grad_(g.flags.get(name, w.requires_grad))
 
 

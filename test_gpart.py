@@ -253,8 +253,8 @@ def backward(y: Tensor) -> Tensor:
 def refused(model: nn.Module, match: str | None, error: type[Exception] = ValueError) -> Any:
     """The block raises, and leaves the model as it was."""
     before = snapshot(model)
-    with pytest.raises(error, match=match):
-        yield
+    with pytest.raises(error, match=match) as raised:
+        yield raised
     assert snapshot(model) == before
 
 
@@ -1413,6 +1413,26 @@ def test_hostile_header_is_refused(edit, attached, file):
     file.write_bytes(edit(file.read_bytes()))
     with refused(model := trained(seed=1) if attached else NET.model(), "no usable adapter file"):
         load(model, file)
+
+
+def test_length_limits(file):
+    """What is longer than 1 kB of header for each of 64 + the model's tensors, or than 8 bytes of
+    body for each of its numbers, is refused for that and unread; at the limit it is read."""
+    content, model = file.read_bytes(), NET.model()
+    own, (header, body) = model.state_dict(), unpack(content)
+    most = 1024 * (64 + len(own))
+    file.write_bytes(pack(header.ljust(most), body))
+    load(copy.deepcopy(model), file)
+    longest = 8 * sum(w.numel() for w in own.values())
+    for content, long in (
+        (pack(header.ljust(most + 1), body), True),
+        (pack(header, body.ljust(longest)), False),
+        (pack(header, body.ljust(longest + 1)), True),
+    ):
+        file.write_bytes(content)
+        with refused(model, "no usable adapter file: ") as error:
+            load(model, file)
+        assert str(error.value).endswith(": it is too long") == long
 
 
 def test_repeated_key_changes_no_meaning(file):
