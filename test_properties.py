@@ -39,7 +39,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import Phase, example, given, settings, stateful
+from hypothesis import HealthCheck, Phase, example, given, settings, stateful
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 from safetensors import safe_open
@@ -48,8 +48,9 @@ from torch import Tensor, nn
 import gpart
 from gpart import GPart, Partition, attach, detach, disabled, load, merge, save, unmerge
 
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50, database=None)
-settings.register_profile("dev", deadline=None, max_examples=200)
+BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a shared machine
+settings.register_profile("ci", BUSY, derandomize=True, max_examples=50, database=None)
+settings.register_profile("dev", BUSY, max_examples=200)
 PHASES = [Phase.explicit, Phase.generate]  # no shrinking: a mutant need only fail
 settings.register_profile("quick", settings.get_profile("ci"), max_examples=10, phases=PHASES)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
