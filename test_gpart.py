@@ -1837,9 +1837,10 @@ def test_wrong_arguments_are_refused(kwargs, match):
 def test_a_wrong_name_gets_twelve_right_ones():
     """The message lists the last parts of names that have parameters, the first twelve of them."""
     names = [f"m{k}" for k in range(15)]
-    model = nn.ModuleDict({"outer": nn.ModuleDict({name: nn.Linear(1, 1) for name in names})})
+    inner = nn.ModuleDict({name: nn.Linear(1, 1) for name in names})
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"inner": inner})})
     with refused(model, f"^target_modules: no module matches 'm' among {', '.join(names[:12])}$"):
-        attach(model, 1, target_modules=["outer.m3", "m"])
+        attach(model, 1, target_modules=["inner.m3", "m"])
 
 
 def put_weight(model: nn.Module, w: Tensor) -> None:
