@@ -99,6 +99,9 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
     ),
     "own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=None))}": FALSY,
     "g.active = None": FALSY,
+    'heads = [getattr(m, "get_output_embeddings", lambda: 0)() for m in modules.values()]': (
+        "a module is neither None nor 0"
+    ),
     'part = os.path.join(folder, "XXadapter.safetensorsXX")': HIDDEN,
     'part = os.path.join(folder, "ADAPTER.SAFETENSORS")': HIDDEN,
     "with open(part, ) as f:": "Linux also flushes a file opened for reading; Windows does not",
