@@ -24,6 +24,7 @@ import pathlib
 import pickle
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -2083,7 +2084,90 @@ def test_peft_loses_the_head(file):
     assert not torch.equal(fresh.classifier.weight, bert.pristine.classifier.weight)
 
 
-# --- 8. Time and memory of the partition ---
+# --- 8. Several processes ---
+WORKER = """
+import json, sys, torch, gpart
+from torch import distributed as dist, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+how, base, out = sys.argv[1:]
+rank, ranks, wire = 0, 1, []  # wire: how many numbers each reduction of gradients sends
+model = torch.load(base, weights_only=False)
+g = gpart.attach(model, 37, target_modules="all-linear", bias=True)
+g.theta.data.copy_(torch.linspace(-1, 1, 37))
+net = model.bfloat16() if how == "bf16" else model
+if how not in ("float32", "bf16"):
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+def average(theta):
+    wire.append(theta.grad.numel())
+    dist.all_reduce(theta.grad)
+    theta.grad /= ranks
+
+def hook(state, bucket):
+    wire.append(bucket.buffer().numel())
+    future = dist.all_reduce(bucket.buffer().div_(ranks), async_op=True).get_future()
+    return future.then(lambda f: f.value()[0])
+
+if how == "ddp":
+    net = nn.parallel.DistributedDataParallel(model)
+    net.register_comm_hook(None, hook)
+elif how.startswith("fsdp"):
+    settings = {"mesh": dist.device_mesh.init_device_mesh("cpu", (ranks,))}
+    if how == "fsdp-bf16":  # the recipe: theta is small, so each process keeps it whole, in float32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        settings |= {"mp_policy": policy, "ignored_params": {g.theta}}
+        g.theta.register_post_accumulate_grad_hook(average)
+    for module in (*model[::2], model):
+        fully_shard(module, **settings)
+
+def whole(t):
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).tolist()
+
+optimizer, steps = torch.optim.AdamW([g.theta], lr=0.1), []
+for step in range(3):
+    batch = torch.linspace(-1, 1, 8 * 16).view(8, 16).roll(step).to(next(model.parameters()).dtype)
+    net(batch.chunk(ranks)[rank]).square().mean().backward()
+    steps.append(whole(g.theta.grad))
+    optimizer.step()
+    optimizer.zero_grad()
+gpart.save(model, f"{out}.{rank}")
+result = {"steps": steps, "theta": whole(g.theta.detach()), "wire": wire}
+json.dump({**result, "dtype": str(g.theta.dtype)}, open(f"{out}.{rank}.json", "w"))
+"""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-bf16"])
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7")
+def test_two_processes_train_as_one(how, tmp_path):
+    """DistributedDataParallel, FSDP2, and FSDP2 in bf16 with theta left out: on half of the batch
+    each, theta's gradients and three AdamW steps are those of one process, in float32; every
+    process saves the same file; and where that can be counted, d numbers a step cross the wire."""
+    torch.save(MODELS["sequential"].pristine, tmp_path / "base.pt")
+    (tmp_path / "worker.py").write_text(WORKER)
+    env = {**os.environ, "PYTHONPATH": str(SOURCE.parent), "OMP_NUM_THREADS": "1"}
+    one = "bf16" if how == "fsdp-bf16" else "float32"
+    for name, launch in ((one, [sys.executable]), (how, TORCHRUN)):
+        command = [*launch, "worker.py", name, "base.pt", name]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    alone, *both = (
+        json.loads((tmp_path / f"{name}.json").read_text())
+        for name in (f"{one}.0", f"{how}.0", f"{how}.1")
+    )
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if one == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
+    for result in both:
+        assert result["dtype"] == "torch.float32"
+        assert result["wire"] == ([] if how == "fsdp" else [37] * 3)  # FSDP2 has no such hook
+        for key in ("steps", "theta"):
+            assert_close(torch.tensor(result[key]), torch.tensor(alone[key]), **tolerance)
+    digests = {read(tmp_path / f"{how}.{rank}")[0]["sha256"] for rank in (0, 1)}
+    assert len(digests) == 1
+
+
+# --- 9. Time and memory of the partition ---
 MEASURE = """
 import json, pathlib, re, statistics, time, torch, gpart
 
@@ -2116,7 +2200,7 @@ def test_partition_is_fast_and_small():
     assert 0.8 * run["result"] < run["growth"] < run["result"] + 64  # so it is measured at all
 
 
-# --- 9. The file itself ---
+# --- 10. The file itself ---
 def test_doctests_pass():
     """The examples in the docstrings are true."""
     failed, attempted = doctest.testmod(gpart)
@@ -2148,7 +2232,7 @@ def test_gpart_imports_only_torch_and_safetensors():
     assert roots - sys.stdlib_module_names == {"torch", "safetensors"}
 
 
-# --- 10. train_glue.py ---
+# --- 11. train_glue.py ---
 ROOT = SOURCE.parent
 GLUE = pathlib.Path(os.environ.get("GLUE_DIR", ROOT.parent / "shared" / "data" / "glue"))
 ROWS = {"rte": (2490, 277), "mrpc": (3668, 408), "stsb": (5749, 1500), "cola": (8551, 1043)}
@@ -2519,6 +2603,24 @@ def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
         one, other = (load_file(file) for file in files)
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert toy(*flags, "--output", "killed", "--resume") == killed  # finished: nothing is redone
+
+
+@slow
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_two_processes_report_the_metric_of_one(toy: Any, tiny: str, task: str) -> None:
+    """torchrun: the same batches in halves give, without dropout, the same results to rounding."""
+    shutil.copytree(tiny, "calm")
+    config = json.loads(pathlib.Path("calm/config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    pathlib.Path("calm/config.json").write_text(json.dumps(config))
+    flags = (*TINY_RUN, "--task", task, "--model", "calm", "--lr", "0.1", "--head-lr", "0.01")
+    command = [*TORCHRUN, "--", *toy.command[1:], *flags, "--output", "two"]  # --d is not its own
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    one, two = toy(*flags), json.loads(pathlib.Path("two/results.json").read_text())
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert_close(two["median"], one["median"], rtol=1e-3, atol=1e-3)
+    assert_close(two["runs"][0]["dev"], one["runs"][0]["dev"], rtol=1e-3, atol=1e-3)
+    assert sorted(os.listdir("two")) == ["adapter.safetensors", "results.json"]
 
 
 @slow

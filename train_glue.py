@@ -510,7 +510,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = p.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = accelerate.Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # left unsaid, torchrun's processes ignore each other
+    accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="bf16" if args.bf16 else "no")
     try:  # everything a user can get wrong, before anything is written
         if not 0 <= args.weight_decay < float("inf"):
             raise ValueError(f"--weight-decay must be 0 or more, got {args.weight_decay}")
