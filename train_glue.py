@@ -510,9 +510,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = p.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cpu = (
-        not torch.accelerator.is_available()
-    )  # left unsaid, torchrun's processes ignore each other
+    cpu = not torch.accelerator.is_available()  # else torchrun's processes go on side by side
     accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="bf16" if args.bf16 else "no")
     try:  # everything a user can get wrong, before anything is written
         if not 0 <= args.weight_decay < float("inf"):
