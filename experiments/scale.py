@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The partition at scale: seconds and memory against N, and an 8B model one layer at a time.
+
+    python -m experiments.scale                     # six minutes on one CPU core, 12 GB of memory
+
+1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N), which would be
+   the ordinary way to a partition; each in a process of its own. Peak is what the process grows by.
+2. attach, load and merge: query and value of RoBERTa-base and -large, whole; q, k, v and o of Llama
+   3 8B one matrix at a time, as where the model does not fit: any slice of the ids is computed by
+   itself.
+
+Writes results/scale.json and figures/scale.png.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+SIZES = [10**k for k in (6, 7, 8, 9)]
+CHILD = """
+import copy, json, math, sys, tempfile, time, torch, gpart
+from torch import nn
+what, N = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+
+def peak():  # GB
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+def timed(f, *args):
+    start = time.perf_counter()
+    out = f(*args)
+    return time.perf_counter() - start, out
+
+gpart.Partition(1000, 7).groups()
+torch.randperm(1000)
+before, result = peak(), {}
+if what == "groups":
+    result["seconds"], out = timed(gpart.Partition(N, 23040).groups)
+elif what == "randperm":
+    result["seconds"], out = timed(torch.randperm, N)
+elif what == "llama":
+    layer = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+    total = 32 * sum(math.prod(shape) for shape in layer.values())
+    P, n, result = gpart.Partition(total, 524288), 0, {"N": total, "ids": 0.0, "merge": 0.0}
+    theta, scale = torch.ones(P.d), P.scale()
+    for _ in range(32):
+        for shape in layer.values():
+            seconds, ids = timed(P.groups, n, n := n + math.prod(shape))
+            w = torch.zeros(shape, dtype=torch.bfloat16)
+            result["ids"] += seconds
+            result["merge"] += timed(gpart.add_update, w, theta, ids, scale)[0]
+else:  # width of an encoder with N layers
+    model = nn.ModuleList(nn.ModuleDict({key: nn.Linear(int(what), int(what))
+                                         for key in ("query", "value")}) for _ in range(N))
+    other = copy.deepcopy(model)
+    result["attach"], g = timed(gpart.attach, model, 23040)
+    with tempfile.TemporaryDirectory() as folder:
+        gpart.save(model, f"{folder}/a.safetensors")
+        result["load"] = timed(gpart.load, other, f"{folder}/a.safetensors")[0]
+        result["swap"] = timed(gpart.load, model, f"{folder}/a.safetensors")[0]
+    result["merge"] = timed(gpart.merge, model)[0]
+    result["N"] = g.partition.N
+print(json.dumps({**result, "peak_GB": peak() - before}))
+"""
+
+
+def run(what: str, N: int) -> dict[str, float]:
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, "-c", CHILD, what, str(N)]
+    child = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    print(what, N, child.stdout.strip(), flush=True)
+    return json.loads(child.stdout)
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for axis, key, label in ((axes[0], "seconds", "seconds"), (axes[1], "peak_GB", "peak, GB")):
+        for name, style in (("groups", "o-"), ("randperm", "s--")):
+            values = [row[f"{name}_{key}"] for row in rows]
+            axis.loglog([row["N"] for row in rows], values, style, label=name)
+        axis.set(xlabel="N, adapted weights", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(["Partition.groups", "torch.randperm"])
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    began, rows = time.monotonic(), []
+    for N in SIZES:
+        row: dict[str, float] = {"N": N}
+        for what in ("groups", "randperm"):
+            row |= {f"{what}_{key}": value for key, value in run(what, N).items()}
+        rows.append(row)
+    models = {"RoBERTa-base": run("768", 12), "RoBERTa-large": run("1024", 24)}
+    models["Llama 3 8B, by layer"] = run("llama", 0)
+    result = {
+        "partition": rows,
+        "models": models,
+        "torch": torch.__version__,
+        "device": f"CPU {platform.machine()}, 1 thread",
+        "minutes": (time.monotonic() - began) / 60,
+    }
+    (HERE / "results" / "scale.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(rows, HERE / "figures" / "scale.png")
+
+
+if __name__ == "__main__":
+    main()
