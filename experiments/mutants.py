@@ -10,7 +10,6 @@ report exit with 1.
 
 import ast
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -155,7 +154,7 @@ def caught(folder: Path, changes: list[tuple[str, str]]) -> list[str]:
         (there / name).write_bytes((ROOT / name).read_bytes())
     (there / "gpart.py").write_text(broken((ROOT / "gpart.py").read_text(), changes))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", *SELECTION]
-    run = subprocess.run(command, cwd=there, capture_output=True, text=True, env={**os.environ})
+    run = subprocess.run(command, cwd=there, capture_output=True, text=True)
     return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", run.stdout, re.MULTILINE)))
 
 

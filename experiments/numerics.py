@@ -13,7 +13,7 @@ below W's leading one, and an update smaller than half the last one is rounded a
     kept        <w - W, P theta> / ||P theta||^2: 1 if rounding is unbiased over the weights
     noise       ||w - W - P theta|| / ||P theta||
     effect      error of the change in the logits, relative to that change in float32
-    theta 16    noise if theta and its products were 16-bit as well (the update alone, no W)
+    theta 16    error of the update alone, without W, if theta and the update were 16-bit
     stuck       theta's entries that an Adam step of 5e-4 does not change if theta is 16-bit
     gradient    error of theta's gradient on one batch against the same weights in float64
     sum 16      error of P^T alone, had it summed the same weight gradients in 16 bits
@@ -91,7 +91,7 @@ def measure(args: Any, dtype: torch.dtype, size: float, batch: Any) -> dict[str,
     change = flat().double() - before.double()
     gpart.unmerge(half)
     update = P.expand(theta.double())
-    theta16 = P.expand(theta.to(dtype)).to(dtype)  # float32 products of a 16-bit theta, cast
+    theta16 = P.expand(theta.to(dtype)).to(dtype)
     step = 5e-4 * torch.randn(len(theta), generator=torch.Generator().manual_seed(0)).sign()
 
     def effect(model: nn.Module) -> Tensor:

@@ -92,7 +92,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     path = ROOT / "experiments" / "results" / "resume_under_fire.json"
-    path.write_text(json.dumps(result, indent=2).replace(str(ROOT) + os.sep, "") + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{len(kills)} kills, {len(got)} runs under fire, all equal: {equal}")
     sys.exit(0 if equal else 1)
 

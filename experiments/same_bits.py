@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a seed mean the same bits everywhere? Group ids, files and loaded weights compared.
 
-    python experiments/same_bits.py /tmp/environments        # a few minutes, 6 GB of downloads
+    python experiments/same_bits.py FOLDER        # a few minutes, 6 GB of downloads
 
-Two virtual environments are made in that folder (once): the oldest torch, numpy and safetensors
+Two virtual environments are made in FOLDER (once): the oldest torch, numpy and safetensors
 that pyproject.toml allows, and those that .ci/constraints.txt pins. Each saves adapters, and each
 loads what either saved, in processes of 1 and 2 threads, with the permutation cut into chunks of
 1,000, 32,768 and a million indices, and on CUDA where there is one. All that the format fixes must

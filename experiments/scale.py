@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition at scale: seconds and memory against N, and an 8B model one layer at a time.
+"""The partition at scale: seconds and memory against N, and an 8B model one matrix at a time.
 
     python -m experiments.scale                     # six minutes on one CPU core, 12 GB of memory
 
@@ -106,7 +106,7 @@ def main() -> None:
             row |= {f"{what}_{key}": value for key, value in run(what, N).items()}
         rows.append(row)
     models = {"RoBERTa-base": run("768", 12), "RoBERTa-large": run("1024", 24)}
-    models["Llama 3 8B, by layer"] = run("llama", 0)
+    models["Llama 3 8B, by matrix"] = run("llama", 0)
     result = {
         "partition": rows,
         "models": models,
