@@ -441,8 +441,8 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
 
     The weights are bit-identical in any process, on any device and release. rename={stored: here}
     maps parameter names that another release of the model spells otherwise. ValueError, and an
-    unchanged model, if the file is damaged, foreign or newer, or has a name or shape that the model
-    has not; OSError if it cannot be opened.
+    unchanged model, if the file is damaged, foreign, newer or longer than an adapter of the model
+    can be, or has a name, shape or kind of dtype that the model has not; OSError if not opened.
     """
     own = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
     rename, numel = rename or {}, sum(w.numel() for w in [*model.parameters(), *model.buffers()])
