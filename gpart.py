@@ -138,7 +138,7 @@ class Partition:
         stop = self.N if stop is None else stop
         _require(0 <= start <= stop <= self.N, f"need 0 <= {start=} <= {stop=} <= N = {self.N}")
         ids = torch.empty(stop - start, dtype=torch.int32, device=device)
-        for at in range(start, stop, CHUNK):
+        for at in range(start, start if ids.is_meta else stop, CHUNK):
             i = torch.arange(at, min(at + CHUNK, stop), device=device)
             ids[at - start : at - start + len(i)] = permute(i, self.N, self.seed) % self.d
         return ids
@@ -230,17 +230,18 @@ class GPart(nn.Module):
         own = dict(model.named_parameters(remove_duplicate=False))
         trained = {id(w) for name, w in own.items() if name in saved}
         names = {id(w): name for name, w in weights.items() if id(w) not in trained}
-        self.ids, n = {}, 0
+        self.ids, self.spans, n = {}, {}, 0
         for name, w in weights.items():
             usable = isinstance(w, nn.Parameter) and w.is_floating_point() and w.itemsize > 1
             _require(usable, f"{name} is {w.dtype}: only unquantised 16 to 64 bit parameters adapt")
             _require(names.get(id(w)) == name, f"{name} is tied to modules_to_save or another name")
-            self.ids[name] = P.groups(n, n := n + w.numel(), w.device)
-        self.partition, self.scale = P, P.scale(w.device)
+            self.spans[name] = n, (n := n + w.numel())
+            self.ids[name] = P.groups(*self.spans[name], w.device)
+        self.partition, self.scale = P, P.scale("cpu" if w.is_meta else w.device)
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         self.manifest = [(name, tuple(w.shape)) for name, w in weights.items()]
-        self.saved, self.active = [*saved], True  # modules_to_save's keys; not merged or disabled
-        self.pretrained: dict[str, Tensor] = {}  # copies of the weights while merged
+        # modules_to_save's keys; not merged or disabled; copies of the weights while merged
+        self.saved, self.active, self.pretrained = [*saved], True, dict[str, Tensor]()
         self.owners = {name: names[id(w)] for name, w in own.items() if id(w) in names}
         self.flags = {name: w.requires_grad for name, w in own.items()}
         for m in model.modules():
@@ -253,9 +254,12 @@ class GPart(nn.Module):
         model.gpart = self
 
     def parts(self, name: str, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """theta, ids and scale for one weight: on its device, in promote(its dtype, float32)."""
-        scale = self.partition.scale(dtype=w.dtype) if w.dtype is torch.float64 else self.scale
-        return self.theta, self.ids[name].to(w.device), scale.to(w.device)
+        """theta, ids and scale for one weight: on its device, in promote(its dtype, float32).
+        Ids on the meta device, as those of weights there at attach, are computed on demand."""
+        P, ids = self.partition, self.ids[name]
+        ids = P.groups(*self.spans[name], w.device) if ids.is_meta else ids.to(w.device)
+        scale = P.scale(dtype=w.dtype) if w.dtype is torch.float64 else self.scale
+        return self.theta, ids, scale.to(w.device)
 
     def delta(self) -> dict[str, Tensor]:
         """{name: dW}, P theta cut and shaped by the manifest (Eq. 10): float32, differentiable."""
@@ -266,14 +270,11 @@ class GPart(nn.Module):
         is theta. (Without isometry the nearest is (P^T P)^-1 P^T vec(dW).)"""
         wrong = {(name, tuple(dw.shape)) for name, dw in deltas.items()} ^ {*self.manifest}
         _require(not wrong, f"project needs exactly the manifest, got or lacks {sorted(wrong)[:2]}")
-        theta = torch.zeros_like(self.theta)
-        for name, dw in deltas.items():
-            theta = theta + reduce(dw.flatten(), *self.parts(name, dw)[1:]).to(theta.device)
+        parts = ((dw.flatten(), *self.parts(name, dw)[1:]) for name, dw in deltas.items())
+        theta = sum((reduce(*p).to(self.theta.device) for p in parts), torch.zeros_like(self.theta))
         return theta if self.partition.isometric else theta / self.partition.sizes().to(theta)
 
-    def forward(self, x: Any) -> Any:
-        """The identity: a model that is an nn.Sequential calls its adapter as one more layer."""
-        return x
+    forward = nn.Identity.forward  # a model that is an nn.Sequential calls it as one more layer
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ValueError("nn.DataParallel would lose the adapter: use DistributedDataParallel")
@@ -282,8 +283,8 @@ class GPart(nn.Module):
         return f"{self.partition}, merged={bool(self.pretrained)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        device = fn(self.theta.data[:0]).device  # go where fn moves the model, without its casts
-        self.scale, self.ids = self.scale.to(device), {n: g.to(device) for n, g in self.ids.items()}
+        self.scale = self.scale.to(device := fn(self.theta.data[:0]).device)  # without casts
+        self.ids = {name: self.parts(name, self.scale)[1] for name in self.ids}
         self.pretrained = {name: fn(w) for name, w in self.pretrained.items()}
         return super()._apply(lambda t: t.to(device), recurse)  # type: ignore[no-untyped-call]
 
@@ -353,18 +354,18 @@ def merge(model: nn.Module) -> None:
     g, weights = _attached(model)
     _require(g.active, "merged or disabled already: unmerge(model), or leave the disabled block")
     _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
+    _require(not any(w.is_meta for w in weights.values()), "weights on meta cannot be merged")
     g.pretrained, g.active = {name: w.clone() for name, w in weights.items()}, False
     for name, w in weights.items():
         w.copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)))
 
 
-@torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """The pretrained weights again, bit for bit. ValueError if the adapter is not merged."""
     g, weights = _attached(model)
     _require(g.pretrained, "the adapter is not merged: merge(model) comes first")
     for name, w in weights.items():
-        w.copy_(g.pretrained[name])
+        w.detach().copy_(g.pretrained[name])
     g.pretrained, g.active = {}, True
 
 
@@ -414,7 +415,6 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def save(model: nn.Module, path: Path) -> None:
     """Write theta, modules_to_save and all that the seed means to one .safetensors file.
-
     4 d bytes, the head and a few kB of names. Written beside path and renamed: a crash leaves the
     old file or the new one. Works while merged too. ValueError if a value is not finite.
     """
@@ -465,11 +465,11 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
     for name, shape in [*manifest, *((name, (*t.shape,)) for name, t in heads.items())]:
         here = tuple(own[name].shape) if name in own else "nothing; rename={stored: here} maps it"
         _require(here == shape, f"{path} has {name} of shape {shape}, the model has {here}")
-    types = [(own[name].dtype, t.dtype) for name, t in heads.items()]
+    types = [(own[name].dtype, t.dtype) for name, t in heads.items() if not own[name].is_meta]
     alike = all(torch.can_cast(a, b) and torch.can_cast(b, a) for a, b in types)
-    unique = len(names := dict(manifest)) == len(manifest) and len(heads) == len(stored)
+    unique = len(names := dict(manifest)) == len(manifest) and len(types) == len(stored)
     whole = alike and unique and sum(own[name].numel() for name in names) == P.N
-    _require(whole, f"{path} repeats a name, has a wrong dtype or does not add up to N = {P.N}")
+    _require(whole, f"{path} repeats a name, has wrong dtypes or meta heads, or does not add up to N")
     g = model._modules.get("gpart")
     g = g if isinstance(g, GPart) else GPart(model, P, {n: own[n] for n in names}, heads, True)
     _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")

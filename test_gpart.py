@@ -34,6 +34,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+import accelerate
 import pytest
 import safetensors
 import torch
@@ -668,31 +669,30 @@ def test_casts_move_the_weights_and_not_theta(cast, name):
 
 
 @pytest.mark.parametrize("isometric", [True, False])
-@pytest.mark.parametrize("moved", ["before attach", "after attach"])
 @FUSED
-def test_everything_is_where_the_weights_are(fused, moved, isometric, monkeypatch):
-    """Elsewhere than on the CPU: theta, ids, scale, P, P^T, updates and gradients are there too,
-    and the ids of a model that is there at attach are computed there."""
-    seen = []  # meta tensors have no values to permute
-    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: seen.append(i.device.type) or i)
+def test_everything_is_where_the_weights_are(fused, isometric):
+    """A moved model takes theta, ids, scale, P, P^T, updates and gradients along."""
     model = variant("sequential").model()
-    if moved == "before attach":
-        model.to("meta")
     g = attach(model, D, target_modules=ALL, bias=True, isometric=isometric, fused=fused)
-    if moved == "after attach":
-        model.to("meta")
-        seen.clear()
+    model.to("meta")
     model(x := normal(2, 16).to("meta").requires_grad_()).sum().backward()
     P, delta = g.partition, g.delta()
     tensors = [g.theta, g.theta.grad, x.grad, g.scale, *g.ids.values(), *delta.values()]
     tensors += [P.expand(g.theta), P.reduce(torch.ones(P.N, device="meta")), g.project(delta)]
-    assert {t.device.type for t in tensors} == {*seen} == {"meta"}
+    assert {t.device.type for t in tensors} == {"meta"}
+
+
+def test_ids_are_computed_on_the_device_asked_for():
+    """Not on the CPU and sent."""
+    device = torch.device("cpu", 0)
+    with mock.patch.object(torch, "arange", wraps=torch.arange) as arange:
+        Partition(100, 3).groups(device=device)
+    assert [call.kwargs["device"] for call in arange.mock_calls] == [device]
 
 
 @FUSED
-def test_a_model_on_two_devices(fused, monkeypatch):
+def test_a_model_on_two_devices(fused):
     """theta goes to the layer's device, and the gradient would come back to theta's."""
-    monkeypatch.setattr(gpart, "permute", lambda i, N, seed: i)
     g = attach(model := two_layers(), 5, target_modules="0", fused=fused)
     model[0].to("meta")
     y, there = model[0](normal(2, 16).to("meta")), {k: w.to("meta") for k, w in g.delta().items()}
@@ -701,6 +701,59 @@ def test_a_model_on_two_devices(fused, monkeypatch):
     for hear in (lambda: y.sum().backward(), lambda: g.project(there)):
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta"):
             hear()
+
+
+@FUSED
+def test_attach_before_the_weights_are_there(fused):
+    """On the meta device theta is real and no id is computed; any one weight's update can be had,
+    and once all weights have come the model is as if attached after."""
+    case = variant("sequential", fused=fused)
+    model, late = case.adapted()[0], case.model().to("meta")
+    (g := case.attach(late)).theta.data.copy_(model.gpart.theta.data)
+    assert all(ids.is_meta for ids in g.ids.values()) and late(X[0].to("meta")).is_meta
+    state = {name: w.clone() for name, w in model.state_dict().items()}
+    merge(model)
+    merged = parameters(model)
+    for name, _ in g.manifest:  # as a checkpoint too large for memory would be merged
+        assert torch.equal(gpart.add_update(state[name], *g.parts(name, state[name])), merged[name])
+    unmerge(model)
+    late.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(case(late), case(model)) and trainable(late) == ["gpart.theta"]
+    for name, ids in model.gpart.ids.items():
+        assert torch.equal(g.ids[name], ids)
+
+
+def test_what_has_no_values_is_not_merged_and_takes_none(file):
+    """On the meta device load takes theta, but no head that would be lost, and merge refuses."""
+    model, plain = NET.model().to("meta"), MODELS["sequential"]
+    with pytest.raises(ValueError, match="meta heads"):
+        load(model, file)
+    assert not hasattr(model, "gpart")
+    g = NET.attach(model)
+    with pytest.raises(ValueError, match="weights on meta cannot be merged"):
+        merge(model)
+    assert g.active and not g.pretrained
+    save(source := plain.adapted()[0], file)
+    g = load(model := plain.model().to("meta"), file)
+    assert torch.equal(g.theta, source.gpart.theta) and not g.theta.is_meta
+
+
+@FUSED
+def test_offloaded_weights_are_adapted_as_they_come(fused):
+    """accelerate keeps the weights elsewhere and brings each for its layer's call: the output and
+    the gradient are those of the model at home, whichever came first, attach or accelerate."""
+    case = variant("sequential", fused=fused)
+    model = case.adapted()[0]
+    y = backward(case(model, grad=True))
+    for attach_first in (True, False):
+        away = case.adapted()[0] if attach_first else case.model()
+        for layer in (away[0], away[2]):
+            accelerate.cpu_offload(layer, execution_device="cpu")
+        assert away[0].weight.is_meta or attach_first
+        if not attach_first:
+            case.attach(away).theta.data.copy_(model.gpart.theta.data)
+        assert torch.equal(backward(case(away, grad=True)), y)
+        assert_close(away.gpart.theta.grad, model.gpart.theta.grad)
 
 
 @FUSED

@@ -35,8 +35,8 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
     "scale 1/n instead of 1/sqrt(n)": [(".sqrt().reciprocal()", ".reciprocal()")],
     "group offset one too low from the second layer on": [
         (
-            "P.groups(n, n := n + w.numel(), w.device)",
-            "P.groups(n - (n > 0), (n := n + w.numel()) - (len(self.ids) > 0), w.device)",
+            "= n, (n := n + w.numel())",
+            "= n - (n > 0), (n := n + w.numel()) - (len(self.ids) > 0)",
         )
     ],
     "bias gradient lost": [("rows.sum(0) if ctx.needs_input_grad[2] else None", "None")],
@@ -72,7 +72,7 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
             "self.theta = nn.Parameter(torch.zeros_like(self.scale))",
             "self.theta = self.__dict__['captured'] = nn.Parameter(torch.zeros_like(self.scale))",
         ),
-        ("return self.theta, self.ids[name]", "return self.captured, self.ids[name]"),
+        ("return self.theta, ids", "return self.captured, ids"),
     ],
 }
 EVEN = "an even number of keys: both halves are equally long"

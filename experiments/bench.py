@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step time, memory and file size of GPart beside dense training, LoRA and its relatives.
+
+    python -m experiments.bench                     # about 20 minutes on two CPU cores
+    python -m experiments.bench --model qwen2.5-0.5b --batch 2 --length 2048 --dtype bf16   # CUDA
+
+A step is forward, backward, AdamW and zero_grad on fixed random tokens, of a model with random
+weights, without dropout. The sides are
+
+    dense      the target weights trained as ordinary parameters: the same matrix products (floor)
+    gpart      one theta of d numbers, fused path
+    plain      the same, fused=False: autograd through W + P theta
+    unilora    peft's Uni-LoRA, rank 4, the same d
+    lora       peft's LoRA, rank 8
+    vera       peft's VeRA, rank 256
+    fourierft  peft's FourierFT, 1,000 frequencies a matrix
+    full       every parameter trained
+
+All sides alternate in one process, in a new random order each round, and a ratio is that of two
+steps in the same round; the table has medians and quartiles over the rounds. Peak memory is what
+a child process that trains this side alone grows by after its imports (CPU), or allocates at most
+(CUDA). Without arguments it runs the cases of its device; results/bench-<device>.json has all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+
+import gpart
+
+HERE = Path(__file__).resolve().parent
+SIDES = ("dense", "gpart", "plain", "unilora", "lora", "vera", "fourierft", "full")
+ENCODER = {"target_modules": ["query", "value"], "d": 23040}
+DECODER = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "d": 131072}
+MODELS: dict[str, dict[str, Any]] = {
+    "roberta-base": {**ENCODER, "hidden_size": 768, "num_hidden_layers": 12},
+    "roberta-large": {**ENCODER, "hidden_size": 1024, "num_hidden_layers": 24},
+    "qwen2.5-0.5b": {**DECODER, "hidden_size": 896, "num_hidden_layers": 24},
+    "tiny": {**ENCODER, "d": 100, "hidden_size": 32, "num_hidden_layers": 2},  # for the tests
+}
+CASES = {  # model, batch, length, dtype
+    "cpu": [("roberta-base", 8, 128, "fp32")],
+    "cuda": [
+        *[("roberta-base", 32, n, dtype) for n in (128, 512) for dtype in ("bf16", "fp32")],
+        ("roberta-large", 32, 128, "bf16"),
+        ("qwen2.5-0.5b", 2, 2048, "bf16"),
+    ],
+}
+
+
+def base_model(name: str) -> nn.Module:
+    """The architecture with random weights, float32, nothing dropped out."""
+    shape = {key: MODELS[name][key] for key in ("hidden_size", "num_hidden_layers")}
+    h = shape["hidden_size"]
+    torch.manual_seed(0)
+    if name.startswith("qwen"):
+        heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+        qwen = transformers.Qwen2Config(**shape, **heads, intermediate_size=4864, use_cache=False)
+        return transformers.Qwen2ForCausalLM(qwen)
+    config = transformers.RobertaConfig(
+        **shape,
+        vocab_size=50265 if h > 32 else 100,
+        num_attention_heads=max(h // 64, 1),
+        intermediate_size=4 * h,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def build(side: str, name: str, device: str) -> nn.Module:
+    """The model with one method's trainable parameters; the rest, the head too, is frozen."""
+    model = base_model(name)
+    targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
+    common: dict[str, Any] = {"target_modules": targets}
+    if side == "dense":
+        for key, w in model.named_parameters():
+            w.requires_grad_(any(key.endswith(f".{target}.weight") for target in targets))
+    elif side in ("gpart", "plain"):
+        gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
+    elif side != "full":
+        config = {
+            "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=d, **common),
+            "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, **common),
+            "vera": lambda: peft.VeraConfig(r=256, **common),
+            "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, **common),
+        }[side]()
+        model = peft.get_peft_model(model, config)
+    return model.to(device).train()
+
+
+def adapter_bytes(side: str, model: nn.Module) -> int:
+    """What the method's own save writes: the tensors' file."""
+    with tempfile.TemporaryDirectory() as folder:
+        if side in ("gpart", "plain"):
+            gpart.save(model, f"{folder}/adapter.safetensors")
+        elif isinstance(model, peft.PeftModel):
+            model.save_pretrained(folder)
+        else:
+            trained = {n: w.detach() for n, w in model.named_parameters() if w.requires_grad}
+            safetensors.torch.save_file(trained, f"{folder}/model.safetensors")
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+
+
+class Side:
+    """A model, its optimizer and one fixed batch."""
+
+    def __init__(self, side: str, name: str, batch: int, length: int, dtype: str, device: str):
+        self.model, self.device = build(side, name, device), device
+        self.trained = [w for w in self.model.parameters() if w.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(5, 100, (batch, length), generator=draw).to(device)
+        labels = ids if name.startswith("qwen") else ids[:, 0] % 2
+        self.batch = {"input_ids": ids, "labels": labels}
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        with self.autocast:
+            loss = self.model(**self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        wait()
+        return time.perf_counter() - start
+
+
+def measure_memory(side: str, *case: Any) -> None:
+    """In a process of its own: print peak memory (MB), trainable numbers, bytes on disk."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one = Side(side, *case)
+    for _ in range(3):
+        one.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak_bytes = torch.cuda.max_memory_allocated() if case[-1] == "cuda" else peak * 1024
+    trained = sum(w.numel() for w in one.trained)
+    size = adapter_bytes(side, one.model)
+    print(json.dumps({"peak_MB": peak_bytes / 1e6, "trained": trained, "bytes": size}))
+
+
+def spread(values: list[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, Any]:
+    rows: dict[str, dict[str, Any]] = {}
+    for side in SIDES:
+        call = f"import experiments.bench as b; b.measure_memory(*{(side, *case, device)!r})"
+        child = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", call],
+            cwd=HERE.parent,
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        rows[side] = json.loads(child.stdout)
+    sides = {side: Side(side, *case, device) for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    order = [*SIDES]
+    for at in range(-2, rounds):  # two rounds to warm up
+        random.Random(at).shuffle(order)
+        for side in order:
+            seconds = sides[side].step()
+            if at >= 0:
+                times[side].append(seconds)
+        print(f"{at + 1}/{rounds}", end="\r", file=sys.stderr, flush=True)
+    for side, row in rows.items():
+        row["seconds"] = spread(times[side])
+        for key, floor in (("to_dense", "dense"), ("to_unilora", "unilora")):
+            row[key] = spread([a / b for a, b in zip(times[side], times[floor], strict=True)])
+    model, batch, length, dtype = case
+    return {"model": model, "batch": batch, "length": length, "dtype": dtype, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "{model}, {batch} x {length}, {dtype}".format(**result),
+        "",
+        "| side | step / dense | step / unilora | peak, MB | trained | file, bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, row in result["rows"].items():
+        ratios = (row["to_dense"], row["to_unilora"])
+        a, b = (f"{mid:.3f} ({low:.3f}-{high:.3f})" for low, mid, high in ratios)
+        peak = f"{row['peak_MB']:,.0f}"
+        lines.append(f"| {side} | {a} | {b} | {peak} | {row['trained']:,} | {row['bytes']:,} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=MODELS, help="one case instead of the device's own")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, help="default: results/bench-<device>.json")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", module="peft")
+    one = (args.model, args.batch, args.length, args.dtype)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    result: dict[str, Any] = {
+        "device": f"{name}, {threads}".rstrip(", "),
+        **{m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "python": platform.python_version(),
+        "command": "python -m experiments.bench " + " ".join(sys.argv[1:]),
+        "rounds": args.rounds,
+        "cases": [],
+    }
+    path = args.output or HERE / "results" / f"bench-{args.device}.json"
+    for case in [one] if args.model else CASES[args.device]:
+        result["cases"].append(run(case, args.device, args.rounds))
+        print(table(result["cases"][-1]), end="\n\n")
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main()
