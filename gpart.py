@@ -469,7 +469,7 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
     alike = all(torch.can_cast(a, b) and torch.can_cast(b, a) for a, b in types)
     unique = len(names := dict(manifest)) == len(manifest) and len(types) == len(stored)
     whole = alike and unique and sum(own[name].numel() for name in names) == P.N
-    _require(whole, f"{path} repeats a name, has wrong dtypes or meta heads, or does not add up to N")
+    _require(whole, f"{path} repeats a name, has wrong dtypes, meta heads or does not add up to N")
     g = model._modules.get("gpart")
     g = g if isinstance(g, GPart) else GPart(model, P, {n: own[n] for n in names}, heads, True)
     _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")

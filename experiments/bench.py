@@ -19,12 +19,12 @@ weights, without dropout. The sides are
 All sides alternate in one process, in a new random order each round, and a ratio is that of two
 steps in the same round; the table has medians and quartiles over the rounds. Peak memory is what
 a child process that trains this side alone grows by after its imports (CPU), or allocates at most
-(CUDA). Without arguments it runs the cases of its device; results/bench-<device>.json has all.
+(CUDA); GFLOP are the matrix products of one step. Without arguments it runs the cases of its
+device; results/bench-<device>.json has all.
 """
 
 import argparse
 import json
-import os
 import platform
 import random
 import resource
@@ -42,6 +42,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpart
 
@@ -149,16 +150,19 @@ class Side:
 
 
 def measure_memory(side: str, *case: Any) -> None:
-    """In a process of its own: print peak memory (MB), trainable numbers, bytes on disk."""
+    """In a process of its own: print peak memory, GFLOP a step, trainable numbers, file size."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one = Side(side, *case)
     for _ in range(3):
         one.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     peak_bytes = torch.cuda.max_memory_allocated() if case[-1] == "cuda" else peak * 1024
-    trained = sum(w.numel() for w in one.trained)
-    size = adapter_bytes(side, one.model)
-    print(json.dumps({"peak_MB": peak_bytes / 1e6, "trained": trained, "bytes": size}))
+    with FlopCounterMode(display=False) as counter:
+        one.step()
+    result = {"peak_MB": peak_bytes / 1e6, "GFLOP": counter.get_total_flops() / 1e9}
+    result["trained"] = sum(w.numel() for w in one.trained)
+    result["bytes"] = adapter_bytes(side, one.model)
+    print(json.dumps(result))
 
 
 def spread(values: list[float]) -> list[float]:
@@ -199,14 +203,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "{model}, {batch} x {length}, {dtype}".format(**result),
         "",
-        "| side | step / dense | step / unilora | peak, MB | trained | file, bytes |",
-        "|---|---|---|---|---|---|",
+        "| side | step / dense | step / unilora | GFLOP | peak, MB | trained | file, bytes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for side, row in result["rows"].items():
         ratios = (row["to_dense"], row["to_unilora"])
         a, b = (f"{mid:.3f} ({low:.3f}-{high:.3f})" for low, mid, high in ratios)
-        peak = f"{row['peak_MB']:,.0f}"
-        lines.append(f"| {side} | {a} | {b} | {peak} | {row['trained']:,} | {row['bytes']:,} |")
+        rest = (f"{row[key]:,.0f}" for key in ("GFLOP", "peak_MB", "trained", "bytes"))
+        lines.append(f"| {side} | {a} | {b} | {' | '.join(rest)} |")
     return "\n".join(lines)
 
 
@@ -240,5 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main()
