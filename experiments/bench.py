@@ -12,7 +12,7 @@ weights, without dropout. The sides are
     plain      the same, fused=False: autograd through W + P theta
     unilora    peft's Uni-LoRA, rank 4, the same d
     lora       peft's LoRA, rank 8
-    vera       peft's VeRA, rank 256
+    vera       peft's VeRA, rank 1024
     fourierft  peft's FourierFT, 1,000 frequencies a matrix
     full       every parameter trained
 
@@ -45,6 +45,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpart
+from experiments import peers
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("dense", "gpart", "plain", "unilora", "lora", "vera", "fourierft", "full")
@@ -92,20 +93,13 @@ def build(side: str, name: str, device: str) -> nn.Module:
     """The model with one method's trainable parameters; the rest, the head too, is frozen."""
     model = base_model(name)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
-    common: dict[str, Any] = {"target_modules": targets}
     if side == "dense":
         for key, w in model.named_parameters():
             w.requires_grad_(any(key.endswith(f".{target}.weight") for target in targets))
     elif side in ("gpart", "plain"):
         gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
     elif side != "full":
-        config = {
-            "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=d, **common),
-            "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, **common),
-            "vera": lambda: peft.VeraConfig(r=256, **common),
-            "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, **common),
-        }[side]()
-        model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, peers.config(side, d, targets))
     return model.to(device).train()
 
 

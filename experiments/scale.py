@@ -6,8 +6,8 @@
 1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N), which would be
    the ordinary way to a partition; each in a process of its own. Peak is what the process grows by.
 2. attach, load and merge: query and value of RoBERTa-base and -large, whole; q, k, v and o of Llama
-   3 8B one matrix at a time, as where the model does not fit: any slice of the ids is computed by
-   itself.
+   3 8B on the meta device, one matrix materialised at a time: where the model does not fit, the ids
+   of one weight are computed when it comes.
 
 Writes results/scale.json and figures/scale.png.
 """
@@ -47,16 +47,25 @@ if what == "groups":
 elif what == "randperm":
     result["seconds"], out = timed(torch.randperm, N)
 elif what == "llama":
-    layer = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
-    total = 32 * sum(math.prod(shape) for shape in layer.values())
-    P, n, result = gpart.Partition(total, 524288), 0, {"N": total, "ids": 0.0, "merge": 0.0}
-    theta, scale = torch.ones(P.d), P.scale()
-    for _ in range(32):
-        for shape in layer.values():
-            seconds, ids = timed(P.groups, n, n := n + math.prod(shape))
-            w = torch.zeros(shape, dtype=torch.bfloat16)
-            result["ids"] += seconds
-            result["merge"] += timed(gpart.add_update, w, theta, ids, scale)[0]
+    import transformers
+    config = transformers.LlamaConfig(hidden_size=4096, num_hidden_layers=32, vocab_size=128256,
+        intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    with torch.device("meta"):
+        model, other = (transformers.LlamaForCausalLM(config).bfloat16() for _ in range(2))
+    before = peak()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    result["attach"], g = timed(lambda: gpart.attach(model, 524288, target_modules=targets))
+    torch.nn.init.normal_(g.theta)
+    with tempfile.TemporaryDirectory() as folder:
+        gpart.save(model, f"{folder}/a.safetensors")
+        result["load"], g = timed(gpart.load, other, f"{folder}/a.safetensors")
+        result["swap"] = timed(gpart.load, other, f"{folder}/a.safetensors")[0]
+    result |= {"N": g.partition.N, "ids": 0.0, "merge": 0.0}
+    for name, shape in g.manifest:
+        w = torch.zeros(shape, dtype=torch.bfloat16)  # as read from one shard of a checkpoint
+        seconds, parts = timed(g.parts, name, w)
+        result["ids"] += seconds
+        result["merge"] += timed(gpart.add_update, w, *parts)[0]
 else:  # width of an encoder with N layers
     model = nn.ModuleList(nn.ModuleDict({key: nn.Linear(int(what), int(what))
                                          for key in ("query", "value")}) for _ in range(N))

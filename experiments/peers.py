@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods GPart is compared with, for train_glue.py --method: PEFT's, and BitFit.
+
+    pip install -c .ci/constraints.txt -e ".[offline,experiments]"
+    python train_glue.py --task rte --method unilora --d 23040
+
+    unilora    Uni-LoRA: the factors of a rank-4 LoRA drawn from one vector of d numbers
+    lora       LoRA, rank 8, alpha 16
+    vera       VeRA, rank 1024: two scaling vectors for each matrix around shared random factors
+    fourierft  FourierFT: 1,000 Fourier coefficients for each matrix
+    bitfit     every bias of the body
+
+Each adapts the same target modules, with the published ranks and numbers of coefficients for
+RoBERTa-base (PEFT's defaults elsewhere), whatever the model; the head trains whole beside it, as
+everywhere. PEFT's random structure follows from seeds of its own, which are left as they are.
+"""
+
+import warnings
+from typing import Any
+
+import peft
+from torch import nn
+
+LR = {"unilora": 5e-3, "lora": 5e-4, "vera": 1e-2, "fourierft": 5e-2, "bitfit": 1e-3}
+
+
+def config(method: str, d: int, targets: list[str]) -> peft.PeftConfig:
+    """PEFT's settings of a method."""
+    kinds: dict[str, Any] = {
+        "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=d, target_modules=targets),
+        "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets),
+        "vera": lambda: peft.VeraConfig(r=1024, target_modules=targets),
+        "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, target_modules=targets),
+    }
+    return kinds[method]()
+
+
+def adapt(model: nn.Module, method: str, d: int, targets: list[str]) -> None:
+    """Insert a method into model, in place; only what it trains is left trainable."""
+    if method == "bitfit":
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(config(method, d, targets), model)

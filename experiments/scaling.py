@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step sends and what a device holds: formulas, confirmed where they can be run.
+
+    python -m experiments.scaling                   # one minute; writes results/scaling.{json,md}
+
+With A parameters in the model, A_root of them outside its layers, N adapted weights and T trained
+numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A), in bytes:
+
+    DDP reduce     4 T                                  gradients, all-reduced
+    FSDP gather    4 (A - A_root) + 2 A_root            bf16; a layer in both passes, the root once
+    FSDP reduce    2 T, GPart 4 d                       bf16; theta is no shard and stays float32
+    state          b A + 12 T                           gradient and Adam's two moments in float32
+      GPart        b A + 12 d + 4 d + 4 (N + d)         theta itself, group ids and scale
+      LoRA         b A + 12 T + 4 T                     the factors themselves
+      full         4 A + 12 A
+
+where a frozen weight has b = 4 bytes, or 2 in bf16. FSDP divides by its W devices whatever it
+shards: not theta, not the ids. A device sends and receives (W - 1) / W of each figure, and twice
+that for an all-reduce. Activations come on top and are alike.
+
+RoBERTa-base confirms: DDP and FSDP2 run one step with torch's fake process group of 8, and every
+collective call is counted; the state is the sum of all storages alive between the optimizer's step
+and zero_grad. The 8B and 70B models are on the meta device.
+"""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpart
+from experiments.bench import MODELS, build
+
+HERE = Path(__file__).resolve().parent
+WORLD, RANK = 8, 8  # devices of FSDP; LoRA's r
+SIDES = ("gpart", "lora", "full")
+LLAMA = {
+    "Llama 3 8B": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
+    "Llama 3 70B": {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672},
+}
+
+
+def sizes(model: nn.Module, targets: list[str], d: int) -> dict[str, int]:
+    """A, A_root, N, d and LoRA's T of a model, which may be on the meta device."""
+    numel = {name: w.numel() for name, w in model.named_parameters()}
+    root = sum(n for name, n in numel.items() if ".layer" not in name)
+    g = gpart.attach(model, d, target_modules=targets)
+    lora = sum(RANK * sum(shape) for _, shape in g.manifest)
+    result = {"A": sum(numel.values()), "A_root": root, "N": g.partition.N, "d": d, "lora": lora}
+    gpart.detach(model)
+    return result
+
+
+def formulas(side: str, s: dict[str, int], frozen: int, world: int = 1) -> dict[str, float]:
+    """The docstring's bytes."""
+    trained = {"gpart": s["d"], "lora": s["lora"], "full": s["A"]}[side]
+    gathered = s["A"] + (s["lora"] if side == "lora" else 0)
+    state = {
+        "gpart": frozen * s["A"] / world + 12 * s["d"] + 4 * s["d"] + 4 * (s["N"] + s["d"]),
+        "lora": (frozen * s["A"] + 12 * trained + 4 * trained) / world,
+        "full": (4 * s["A"] + 12 * s["A"]) / world,
+    }[side]
+    return {
+        "ddp_reduce": 4 * trained,
+        "fsdp_gather": 4 * (gathered - s["A_root"]) + 2 * s["A_root"],
+        "fsdp_reduce": 4 * trained if side == "gpart" else 2 * trained,
+        "state": state,
+    }
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes of each collective call: of the whole that is gathered or reduced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = {"gather": 0, "reduce": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            tensors = [args[0], args[1]] if "_base_" in name else list(args[0])
+            size = max(t.numel() * t.element_size() for t in tensors)
+            self.bytes["gather" if "gather" in name else "reduce"] += size
+        return func(*args, **(kwargs or {}))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    ids = torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+    if optimizer:
+        optimizer.step()
+
+
+def measured(side: str, name: str) -> dict[str, float]:
+    """The same bytes, counted."""
+    before = alive()
+    model = build(side, name, "cpu")
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    step(model, optimizer)
+    state = alive() - before
+    result: dict[str, float] = {"state": state}
+    optimizer.zero_grad()
+
+    ddp, sent = DistributedDataParallel(model), []
+
+    def count(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        (done := torch.futures.Future()).set_result(bucket.buffer())
+        return done
+
+    ddp.register_comm_hook(None, count)
+    step(ddp)
+    result["ddp_reduce"] = sum(sent)
+
+    model = build(side, name, "cpu")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    ignored = set()
+    if side == "gpart":
+        ignored = {theta := model.gpart.theta}
+        theta.register_post_accumulate_grad_hook(lambda theta: dist.all_reduce(theta.grad))
+    for path, module in model.named_modules():
+        if path.split(".")[-2:-1] == ["layer"]:
+            fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    with Wire() as wire:
+        step(model)
+    return result | {f"fsdp_{key}": size for key, size in wire.bytes.items()}
+
+
+def alive() -> int:
+    """Bytes of all tensor storages that Python can reach."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
+
+
+def main() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
+    small = sizes(build("full", "roberta-base", "cpu"), ["query", "value"], 23040)
+    rows = {}
+    for side in SIDES:
+        rows[side] = {
+            "formula": formulas(side, small, 4),
+            "counted": measured(side, "roberta-base"),
+        }
+        print(side, json.dumps(rows[side], indent=1))
+    result: dict[str, Any] = {"RoBERTa-base": {**small, "rows": rows}}
+    for name, shape in LLAMA.items():
+        config = transformers.LlamaConfig(
+            **shape,
+            num_attention_heads=shape["hidden_size"] // 128,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        )
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(config)
+        s = sizes(model, MODELS["qwen2.5-0.5b"]["target_modules"], 524288)
+        result[name] = {**s, "rows": {side: formulas(side, s, 2, WORLD) for side in SIDES}}
+        for side in SIDES:
+            result[name]["rows"][side]["state_ddp"] = formulas(side, s, 2)["state"]
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving many adapters from one loaded model: seconds for a swap, bytes for a thousand.
+
+    python -m experiments.serving                   # one minute; writes results/serving.json
+
+RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside PEFT's LoRA of rank
+8. All sides alternate in one process; the figures are medians. A swap goes to an adapter that is
+
+    file     on disk: read, checked, in place of the one before
+    memory   kept in memory already: theta copied, or PEFT's set_adapter
+    merged   kept in memory, while the model serves with merged weights: unmerge, swap, merge
+
+and the forward passes, one sequence of 128 tokens, are what a request pays then.
+"""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+import gpart
+from experiments.bench import build
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 15
+
+
+def main() -> None:
+    g, lora = (build(side, "roberta-base", "cpu").eval() for side in ("gpart", "lora"))
+    plain = build("full", "roberta-base", "cpu").eval()
+    tokens = torch.randint(5, 100, (1, 128), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        gpart.save(g, file := f"{folder}/gpart.safetensors")
+        lora.save_pretrained(f"{folder}/lora")
+        lora.load_adapter(f"{folder}/lora", "other")
+        sizes = {
+            "gpart": Path(file).stat().st_size,
+            "lora": Path(f"{folder}/lora/adapter_model.safetensors").stat().st_size,
+        }
+        merged_g, merged_lora = (build(side, "roberta-base", "cpu") for side in ("gpart", "lora"))
+        gpart.merge(merged_g.eval())
+        merged_lora.load_adapter(f"{folder}/lora", "other")
+        merged_lora.eval().merge_adapter(["default"])
+        theta, names = torch.randn(g.gpart.theta.shape), ["default", "other"]
+        turn = 0
+
+        def lora_file() -> None:
+            lora.delete_adapter("other")
+            lora.load_adapter(f"{folder}/lora", "other")
+
+        def gpart_merged() -> None:
+            gpart.unmerge(merged_g)
+            merged_g.gpart.theta.data.copy_(theta)
+            gpart.merge(merged_g)
+
+        def lora_merged() -> None:
+            merged_lora.unmerge_adapter()
+            merged_lora.set_adapter(names[turn % 2])
+            merged_lora.merge_adapter([names[turn % 2]])
+
+        actions: dict[str, Callable[[], object]] = {
+            "file gpart": lambda: gpart.load(g, file),
+            "file lora": lora_file,
+            "memory gpart": lambda: g.gpart.theta.data.copy_(theta),
+            "memory lora": lambda: lora.set_adapter(names[turn % 2]),
+            "merged gpart": gpart_merged,
+            "merged lora": lora_merged,
+            "forward plain": lambda: plain(tokens),
+            "forward gpart": lambda: g(tokens),
+            "forward lora": lambda: lora(tokens),
+            "forward merged gpart": lambda: merged_g(tokens),
+            "forward merged lora": lambda: merged_lora(tokens),
+        }
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for turn in range(-2, ROUNDS):
+            for name, action in actions.items():
+                with torch.set_grad_enabled(name == "memory lora"):  # it sets requires_grad
+                    start = time.perf_counter()
+                    action()
+                    seconds = time.perf_counter() - start
+                if turn >= 0:
+                    times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    floor = times["forward plain"]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times[name], floor, strict=True))
+        for name in times
+        if name.startswith("forward")
+    }
+    print(
+        "| | swap from file, ms | from memory, ms | merged, ms | forward / plain model's |", end=""
+    )
+    print(" same, merged | 1,000 files, MB |\n|---|---|---|---|---|---|---|")
+    for side, size in sizes.items():
+        row = [f"{medians[f'{what} {side}'] * 1e3:.3g}" for what in ("file", "memory", "merged")]
+        row += [f"{ratios[f'{what} {side}']:.3f}" for what in ("forward", "forward merged")]
+        print(f"| {side} | {' | '.join(row)} | {size / 1e3:,.0f} |")
+    result = {
+        "seconds": medians,
+        "forward_to_plain": ratios,
+        "file_bytes": sizes,
+        "rounds": ROUNDS,
+        **{m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "device": f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    (HERE / "results" / "serving.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
