@@ -39,9 +39,14 @@ from tqdm.auto import tqdm
 
 import gpart
 
+try:  # the methods to compare with: offered where experiments/ is at hand and peft installed
+    from experiments import peers
+except ImportError:
+    peers = None
+
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-METHODS = ("gpart", "gpart-noniso", "head", "full")
+METHODS = ("gpart", "gpart-noniso", "head", "full", *(peers.METHODS if peers else ()))
 HEADS = ("classifier", "score", "pre_classifier")  # transformers' names of a fresh head
 TARGETS = {"mpnet": ("q", "v"), "distilbert": ("q_lin", "v_lin"), "gpt2": ("c_attn",)}
 TOY_NOTICE = """
@@ -214,9 +219,10 @@ def build(args: argparse.Namespace, seed: int) -> Any:
         model.config.pad_token_id = model.config.eos_token_id
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
     heads = model.heads = sorted(fresh | {name for name in HEADS if hasattr(model, name)})
-    if is_gpart(args):
+    if args.method not in ("head", "full", "bitfit"):
         default = TARGETS.get(model.config.model_type, ("query", "value"))
         args.target_modules = args.target_modules or [*default]
+    if is_gpart(args):
         gpart.attach(
             model,
             args.d,
@@ -225,6 +231,10 @@ def build(args: argparse.Namespace, seed: int) -> Any:
             modules_to_save=heads,
             isometric=args.method == "gpart",
         )
+    elif peers and args.method in peers.METHODS:
+        peers.adapt(model, args.method, args.d, args.target_modules)
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad or is_head(model, name))
     else:
         for name, p in model.named_parameters():
             p.requires_grad_(args.method == "full" or is_head(model, name))
@@ -233,6 +243,10 @@ def build(args: argparse.Namespace, seed: int) -> Any:
 
 def is_gpart(args: argparse.Namespace) -> bool:
     return bool(args.method.startswith("gpart"))
+
+
+def has_d(args: argparse.Namespace) -> bool:
+    return is_gpart(args) or args.method == "unilora"
 
 
 def trainable(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
@@ -410,7 +424,8 @@ def parser() -> Parser:
     p.add_argument("--task", required=True, choices=TASKS, help="GLUE task")
     p.add_argument("--d", type=int, default=23040, help="size of theta (23040)")
     p.add_argument("--method", choices=METHODS, default="gpart",
-                   help="gpart, its non-isometric ablation, the head alone, or all weights (gpart)")
+                   help="gpart, its non-isometric ablation, the head alone, all weights, and with "
+                   "experiments/ and peft installed the methods to compare with (gpart)")
     p.add_argument("--model", default=MINILM, help="name on the hub, or folder (all-MiniLM-L6-v2)")
     p.add_argument("--target-modules", nargs="+", help="adapted modules (by type of model)")
     p.add_argument("--data-dir", help="folder of GLUE's TSV files, with RTE/train.tsv and so on "
@@ -422,7 +437,8 @@ def parser() -> Parser:
     p.add_argument("--max-steps", type=count, help="steps at most")
     p.add_argument("--max-length", type=count, help="tokens kept of a row (128)")
     p.add_argument("--batch-size", type=count, default=32, help="rows in a step (32)")
-    p.add_argument("--lr", type=rate, help="lr of theta (5e-3), or of all weights in full (5e-5)")
+    p.add_argument("--lr", type=rate, help="lr of theta (5e-3), or of what else the method "
+                   "trains but the head (the published one)")
     p.add_argument("--head-lr", type=rate, help="lr of the head (1e-3)")
     p.add_argument("--weight-decay", type=float, default=0.1, help="on theta, 0 or more (0.1)")
     p.add_argument("--max-train-samples", type=count, help="use so many training rows at most")
@@ -441,7 +457,8 @@ def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
     if args.paper:
         epochs, head_lr = TASKS[args.task].large if layers >= 24 else TASKS[args.task].base
         args.epochs, length = args.epochs or epochs, 128 if layers >= 24 else 512
-    args.lr = args.lr or (5e-5 if args.method == "full" else 5e-3)
+    published = {"full": 5e-5, **(peers.LR if peers else {})}
+    args.lr = args.lr or published.get(args.method, 5e-3)
     args.head_lr, args.max_length = args.head_lr or head_lr, args.max_length or length
     whole = args.epochs and args.epochs * max(1, rows // args.batch_size)
     args.steps = min((n for n in (whole, args.max_steps) if n), default=200)
@@ -449,7 +466,7 @@ def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """--output, or a new folder in runs/ (with --resume the newest one of that name)."""
-    name = f"{args.task}-{args.method}" + (f"-d{args.d}" if is_gpart(args) else "")
+    name = f"{args.task}-{args.method}" + (f"-d{args.d}" if has_d(args) else "")
     tried = newest = Path(args.output or Path("runs", name))
     number = 1
     while not args.output and tried.exists():
@@ -467,7 +484,7 @@ def report(bench: Bench, runs: list[dict[str, Any]], labels: list[float]) -> dic
     return {
         "task": bench.args.task,
         "method": bench.args.method,
-        "d": bench.args.d if is_gpart(bench.args) else None,
+        "d": bench.args.d if has_d(bench.args) else None,
         "metric": bench.task.metric,
         "per_seed": metrics,
         "median": statistics.median(metrics),

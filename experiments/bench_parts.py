@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a fused step's time goes, and what else was tried: the figures in results/bench-notes.md.
 
-    python -m experiments.bench_parts               # three minutes on two CPU cores
+    python -m experiments.bench_parts               # one minute on two CPU cores
 
 1. torch.profiler over three steps of three sides of the bench: milliseconds by operator.
 2. One adapted 768 x 768 Linear on 8 x 128 tokens, forward and backward, with other ways to write
    FusedLinear. All alternate in random order; median and lower decile.
-3. The gather and the scatter alone, with other operators, on that layer's 589,824 ids.
+3. The gather and the scatter alone, with other operators, on that layer's 589,824 ids,
+   and what the bias costs.
 """
 
 import argparse
@@ -136,12 +137,15 @@ def layer(device: str, batch: int, length: int) -> Actions:
     }
 
 
-def single(device: str) -> Actions:
-    """Gather and scatter alone."""
+def single(device: str, batch: int, length: int) -> Actions:
+    """Gather and scatter alone, and what a bias costs."""
     P = gpart.Partition(768 * 768, 23040)
     ids, theta = P.groups(device=device), torch.randn(P.d, device=device)
     long, w, zeros = ids.long(), torch.randn(P.N, device=device), torch.zeros_like(theta)
+    x, square = torch.randn(batch, length, 768, device=device), w.view(768, 768)
     return {
+        "linear with a bias": lambda: F.linear(x, square, w[:768]),
+        "linear without": lambda: F.linear(x, square),
         "index_select, int32 (as it is)": lambda: theta.index_select(0, ids),
         "index_select, int64": lambda: theta.index_select(0, long),
         "theta[ids], int32": lambda: theta[ids],
@@ -171,7 +175,7 @@ def main() -> None:
     print()
     alternate(layer(args.device, args.batch, args.length), args.device, args.rounds)
     print()
-    alternate(single(args.device), args.device, args.rounds)
+    alternate(single(args.device, args.batch, args.length), args.device, args.rounds)
 
 
 if __name__ == "__main__":

@@ -15,17 +15,21 @@ RoBERTa-base (PEFT's defaults elsewhere), whatever the model; the head trains wh
 everywhere. PEFT's random structure follows from seeds of its own, which are left as they are.
 """
 
+import importlib.util
 import warnings
 from typing import Any
 
-import peft
 from torch import nn
 
-LR = {"unilora": 5e-3, "lora": 5e-4, "vera": 1e-2, "fourierft": 5e-2, "bitfit": 1e-3}
+# Published learning rates for RoBERTa-base on GLUE, the middle one where there are several
+LR = {"unilora": 5e-3, "lora": 5e-4, "vera": 1e-2, "fourierft": 5e-2, "bitfit": 4e-4}
+METHODS = tuple(LR) if importlib.util.find_spec("peft") else ()
 
 
-def config(method: str, d: int, targets: list[str]) -> peft.PeftConfig:
+def config(method: str, d: int, targets: list[str]) -> Any:
     """PEFT's settings of a method."""
+    import peft  # takes seconds, which train_glue.py spends only where it is wanted
+
     kinds: dict[str, Any] = {
         "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=d, target_modules=targets),
         "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets),
@@ -41,6 +45,8 @@ def adapt(model: nn.Module, method: str, d: int, targets: list[str]) -> None:
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith("bias"))
         return
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(config(method, d, targets), model)

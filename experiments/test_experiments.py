@@ -2,12 +2,18 @@
 """The evidence is only as good as its scripts."""
 
 import json
+import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import mutants
 import pytest
 import torch
+import transformers
+
+sys.path.insert(0, str(mutants.ROOT))
+from experiments import bench, dimension, glue_table, peers, scaling
 
 SOURCE = (mutants.ROOT / "gpart.py").read_text()
 RESULTS = Path(__file__).parent / "results"
@@ -45,3 +51,97 @@ def test_results_say_what_they_ran_on(path: Path) -> None:
     result = json.loads(path.read_text())
     assert result["torch"] and result["device"]
     assert "/tmp" not in path.read_text() and "/home" not in path.read_text()
+
+
+# --- The peers ---
+def test_peers_train_as_many_numbers_as_published() -> None:
+    """On RoBERTa-base's query and value: the parameter counts of the paper's Table 1."""
+    expected = {"unilora": 23040, "lora": 294912, "vera": 43008, "fourierft": 24000}
+    expected["bitfit"] = 102144
+    for method, numbers in expected.items():
+        with torch.device("meta"):
+            model = transformers.RobertaModel(transformers.RobertaConfig(), add_pooling_layer=False)
+        peers.adapt(model, method, 23040, ["query", "value"])
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers, method
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("side", bench.SIDES)
+def test_every_side_of_the_bench_trains(side: str) -> None:
+    """A step moves each trained tensor that the loss depends on, and nothing else."""
+    one = bench.Side(side, "tiny", 2, 8, "fp32", "cpu")
+    one.optimizer.param_groups[0]["lr"] = 0.1
+    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        assert one.step() > 0
+    moved = {n for n, p in one.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and moved <= {n for n, p in one.model.named_parameters() if p.requires_grad}
+    assert bench.adapter_bytes(side, one.model) > 4 * sum(p.numel() for p in one.trained)
+
+
+def test_scaling_refuses_a_formula_that_is_off() -> None:
+    """Two per mille are too many."""
+    scaling.check({"state": 1000.5}, {"state": 1000.0})
+    with pytest.raises(ValueError, match="state: counted 1,002"):
+        scaling.check({"state": 1002.0}, {"state": 1000.0})
+
+
+# --- The grid ---
+@pytest.fixture
+def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """put(task, method, rate, seed, metric): a finished cell, in a folder of its own."""
+    monkeypatch.setattr(glue_table, "CELLS", tmp_path)
+
+    def put(task: str, method: str, rate: float, seed: int, metric: float | None) -> None:
+        content = {"dev": metric, "metric": metric, "trainable": 7}
+        glue_table.cell(task, method, rate, seed).write_text(json.dumps(content))
+
+    return put
+
+
+def test_best_rate_is_the_best_mean_of_two_tasks(cells: Any) -> None:
+    """None before all ten runs are there; a run that diverged counts as the worst."""
+    five = glue_table.rates("lora")
+    assert sorted(five) == pytest.approx([5e-4 * 3.0**k for k in range(-2, 3)], rel=1e-2)
+    for k, rate in enumerate(five):
+        assert glue_table.best_rate("lora") is None
+        cells("stsb", "lora", rate, 0, 0.9 if k == 1 else 0.6)
+        cells("sst2", "lora", rate, 0, None if k == 1 else 0.5 + 0.1 * (k == 3))
+    assert glue_table.best_rate("lora") == five[3]
+
+
+def test_rates_of_both_variants_take_the_same_steps() -> None:
+    """A step of lr moves a weight by lr / sqrt(n), without isometry by lr."""
+    shrink = (glue_table.N / glue_table.D) ** 0.5
+    pairs = zip(glue_table.rates("gpart"), glue_table.rates("gpart-noniso"), strict=True)
+    assert all(a == pytest.approx(b * shrink, rel=0.01) for a, b in pairs)
+
+
+def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
+    """Median and deviation over the seeds there are; an average only over all five tasks."""
+    for rate in glue_table.rates("gpart"):
+        for task in ("stsb", "sst2"):
+            cells(task, "gpart", rate, 0, rate)
+    best = glue_table.best_rate("gpart")
+    for seed, value in ((0, 0.5), (1, 0.7), (2, 0.6)):
+        for task in glue_table.TASKS[: 5 - (seed == 2)]:
+            cells(task, "gpart", best, seed, value)
+    row = glue_table.table(("gpart",), (0, 1, 2)).splitlines()[-1]
+    assert row.startswith("| GPart | 7 | 0.045 | 60.0 ± 10.0 | ")
+    assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
+
+
+def test_finished_cells_are_not_run_again(cells: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run gives back what the file says, and starts no process."""
+    monkeypatch.delattr(glue_table.subprocess, "run")
+    cells("rte", "head", 1e-3, 2, 0.6)
+    assert glue_table.run(None, "rte", "head", 1e-3, 2)["metric"] == 0.6
+
+
+def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lr / sqrt(N / d) is the same for every d, up to the three digits a rate is given with."""
+    monkeypatch.setattr(glue_table, "best_rate", lambda method: 0.005)
+    steps = [rate * d**0.5 for d, rate in dimension.points("scaled")]
+    assert steps == pytest.approx([0.005 * 23040**0.5] * len(steps), rel=5e-3)
+    assert {rate for _, rate in dimension.points("fixed")} == {0.005}
+    assert max(d for d, _ in dimension.points("unilora")) == 23040

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metric against d (Figure 4, left), with theta's learning rate fixed and scaled.
+
+    python -m experiments.dimension --data-dir glue            # two hours; stop and start at will
+    python -m experiments.dimension --render                   # only the table and the figure
+
+STS-B and SST-2, seed 0, the cells and the rates of glue_table.py, which runs before. Three curves:
+
+    fixed     GPart at the rate that is best for d = 23,040, as in the paper
+    scaled    that rate times sqrt(23040 / d): Adam moves a weight by about lr / sqrt(n), n = N / d,
+              which this keeps the same for every d
+    unilora   Uni-LoRA at its own best rate, up to the d where every factor entry is free
+
+Writes results/dimension.md and figures/dimension.png.
+"""
+
+import math
+
+from experiments import glue_table as glue
+
+SIZES = [16, 90, 360, 1440, 5760, 23040, 92160, 368640, glue.N]
+MOST = {"unilora": 4 * (384 + 384) * 12}  # numbers in the rank-4 factors of 12 matrices
+CURVES = {"fixed": "gpart", "scaled": "gpart", "unilora": "unilora"}
+
+
+def points(curve: str) -> list[tuple[int, float]]:
+    """(d, learning rate) along a curve."""
+    method = CURVES[curve]
+    if not (best := glue.best_rate(method)):
+        raise SystemExit(f"{method} has no rate yet: run experiments.glue_table first")
+    sizes = [d for d in SIZES if d <= MOST.get(method, glue.N)]
+    scale = {d: math.sqrt(glue.D / d) if curve == "scaled" else 1.0 for d in sizes}
+    return [(d, float(f"{best * scale[d]:.3g}")) for d in sizes]
+
+
+def found(task: str, curve: str) -> list[tuple[int, float, dict[str, float]]]:
+    cells = [
+        (d, rate, glue.read(glue.cell(task, CURVES[curve], rate, 0, d)))
+        for d, rate in points(curve)
+    ]
+    return [(d, rate, cell) for d, rate, cell in cells if cell and cell["metric"] is not None]
+
+
+def render() -> str:
+    figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " |"]
+    lines.append("|---" * (len(SIZES) + 2) + "|")
+    for axis, task, name in zip(axes, ("stsb", "sst2"), ("Pearson", "accuracy"), strict=True):
+        for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
+            cells = found(task, curve)
+            if cells:
+                axis.semilogx(
+                    [c[0] for c in cells], [c[2]["metric"] for c in cells], style, label=curve
+                )
+            values = {d: f"{100 * cell['metric']:.1f}" for d, _, cell in cells}
+            lines.append(f"| {task} | {curve} | {' | '.join(values.get(d, '') for d in SIZES)} |")
+        axis.set(xlabel="d", ylabel=f"{task.upper()} {name}, validation")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(glue.HERE / "figures" / "dimension.png", dpi=150)
+    rates = {c: ", ".join(f"{rate:g}" for _, rate in points(c)) for c in CURVES}
+    text = f"""# The metric against d
+
+`python -m experiments.dimension --data-dir glue`, seed 0, percent of the validation metric.
+
+{chr(10).join(lines)}
+
+Learning rates, from the smallest d on: {"; ".join(f"{c} {r}" for c, r in rates.items())}.
+"""
+    (glue.HERE / "results" / "dimension.md").write_text(text)
+    return text
+
+
+def main() -> None:
+    args = glue.parse(__doc__)
+    if not args.render:
+        cells = [
+            (task, curve, *point)
+            for curve in CURVES
+            for point in points(curve)
+            for task in ("stsb", "sst2")
+        ]
+        glue.run_all(args, [(task, CURVES[curve], rate, 0, d) for task, curve, d, rate in cells])
+    print(render())
+
+
+if __name__ == "__main__":
+    main()

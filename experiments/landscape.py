@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss around a trained solution (Figure 4, right): a picture, and numbers it cannot fake.
+
+    python -m experiments.landscape --data-dir glue            # half an hour on one core
+
+all-MiniLM-L6-v2 on STS-B, GPart and Uni-LoRA at d = 23,040, each trained by train_glue.py at its
+best rate of glue_table.py. The loss is the mean squared error on the first 256 rows of the
+validation set, as a function of the vector theta alone; the head stays.
+
+    grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d and x, y in
+             -1..1: 9 x 9 points, three seeds of directions; one colour scale for both methods
+    ratio    largest over smallest curvature u^T H u of 32 random unit directions u
+    top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
+    moved    |J u|, how far the weights move for a unit step along u: 1 for GPart, measured for
+             both; and the mean curvature per squared weight distance, u^T H u / |J u|^2
+
+H is that of the plain path: fused=False, and attention by plain products, for second derivatives.
+Writes results/landscape.json and figures/landscape.png.
+"""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+import gpart
+import train_glue
+from experiments import glue_table as glue
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("gpart", "unilora")
+ROWS, SIDE, DIRECTIONS, SEEDS = 256, 9, 32, (0, 1, 2)
+
+
+class Loss:
+    """A trained model's validation loss as a function of theta."""
+
+    def __init__(self, data_dir: str, method: str) -> None:
+        rate = glue.best_rate(method)
+        if rate is None:
+            raise SystemExit(f"{method} has no rate yet: run experiments.glue_table first")
+        output = Path("runs", "landscape", method)
+        command = ["--task", "stsb", "--method", method, *glue.BUDGET["stsb"], "--lr", f"{rate:g}"]
+        command += ["--data-dir", data_dir, "--output", str(output), "--resume"]
+        self.metric = train_glue.main(command)["median"]
+        args = train_glue.parser().parse_args(command)
+        model = train_glue.load_adapter(args, output / "adapter.safetensors").eval()
+        if method == "gpart":  # the plain path can be differentiated twice
+            theta, model.gpart.theta.data = model.gpart.theta.data, model.gpart.theta.data.clone()
+            manifest = model.gpart.manifest
+            gpart.detach(model)
+            gpart.attach(model, glue.D, target_modules=args.target_modules, fused=False)
+            assert model.gpart.manifest == manifest
+            model.gpart.theta.data.copy_(theta)
+            self.theta = model.gpart.theta
+        else:
+            self.theta = next(p for n, p in model.named_parameters() if "theta_d" in n)
+        self.model, self.start = model, self.theta.detach().clone()
+        rows = train_glue.read_data(args)[1][:ROWS]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
+        bench = train_glue.Bench(
+            args, train_glue.TASKS["stsb"], tokenizer, accelerate.Accelerator(cpu=True)
+        )
+        self.batches = [bench.encode(rows[at : at + 64]) for at in range(0, ROWS, 64)]
+
+    def mean(self) -> torch.Tensor:
+        return torch.stack([self.model(**batch).loss for batch in self.batches]).mean()
+
+    @torch.no_grad()
+    def at(self, theta: torch.Tensor) -> float:
+        self.theta.copy_(theta)
+        loss = float(self.mean())
+        self.theta.copy_(self.start)
+        return loss
+
+    def hessian(self, u: torch.Tensor) -> torch.Tensor:
+        """H u at the trained theta."""
+        total = torch.zeros_like(u)
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch in self.batches:
+                loss = self.model(**batch).loss / len(self.batches)
+                (grad,) = torch.autograd.grad(loss, self.theta, create_graph=True)
+                total += torch.autograd.grad(grad @ u, self.theta)[0]
+        return total
+
+    @torch.no_grad()
+    def moved(self, u: torch.Tensor, step: float = 1e-3) -> float:
+        """|J u|: how far the weights move for a unit step of theta along u."""
+        total = 0.0
+        for module in self.model.modules():
+            if hasattr(module, "get_delta_weight") or isinstance(module, gpart.Adapted):
+                ends = []
+                for sign in (1, -1):
+                    self.theta.copy_(self.start + sign * step * u)
+                    ends.append(
+                        module.get_delta_weight("default")
+                        if hasattr(module, "get_delta_weight")
+                        else module.weight
+                    )
+                total += float(((ends[0] - ends[1]) / (2 * step)).square().sum())
+        self.theta.copy_(self.start)
+        return total**0.5
+
+
+def unit(d: int, seed: int) -> torch.Tensor:
+    u = torch.randn(d, generator=torch.Generator().manual_seed(seed))
+    return u / u.norm()
+
+
+def measure(loss: Loss) -> dict[str, Any]:
+    d, size = len(loss.start), float(loss.start.norm())
+    steps = np.linspace(-1, 1, SIDE).tolist()
+    grids = []
+    for seed in SEEDS:
+        u, v = unit(d, 2 * seed), unit(d, 2 * seed + 1)
+        grids.append([[loss.at(loss.start + size * (x * u + y * v)) for x in steps] for y in steps])
+        print(f"grid {seed}", flush=True)
+    curvatures, lengths = [], []
+    for seed in range(100, 100 + DIRECTIONS):
+        u = unit(d, seed)
+        curvatures.append(float(u @ loss.hessian(u)))
+        lengths.append(loss.moved(u))
+    operator = LinearOperator(
+        (d, d), lambda x: loss.hessian(torch.from_numpy(x).float().flatten()).numpy(), dtype="f4"
+    )
+    start = unit(d, 0).numpy()
+    top = eigsh(operator, k=5, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)
+    scaled = [c / n**2 for c, n in zip(curvatures, lengths, strict=True)]
+    return {
+        "metric": loss.metric,
+        "loss": loss.at(loss.start),
+        "norm of theta": size,
+        "grids": grids,
+        "curvatures": curvatures,
+        "ratio": max(curvatures) / min(curvatures),
+        "moved": lengths,
+        "curvature per weight distance": sum(scaled) / len(scaled),
+        "top": sorted(top.tolist(), reverse=True),
+    }
+
+
+def plot(results: dict[str, Any]) -> None:
+    figure, axes = plt.subplots(2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True)
+    every = np.array([results[method]["grids"] for method in METHODS])
+    norm = matplotlib.colors.LogNorm(every.min(), every.max())
+    for line, method in zip(axes, METHODS, strict=True):
+        for axis, seed in zip(line, SEEDS, strict=True):
+            grid = np.array(results[method]["grids"][seed])
+            image = axis.imshow(grid, origin="lower", extent=(-1, 1, -1, 1), norm=norm)
+            axis.set(title=f"{glue.NAMES[method]}, directions {seed}")
+    figure.supxlabel("step along u, in norms of theta")
+    figure.supylabel("step along v")
+    figure.colorbar(image, ax=axes, label="validation loss (STS-B)")
+    figure.savefig(HERE / "figures" / "landscape.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    path = HERE / "results" / "landscape.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for method in METHODS:
+        if method not in result:
+            result[method] = measure(Loss(args.data_dir, method))
+            result |= {m.__name__: m.__version__ for m in (torch, transformers)}
+            result["device"] = f"CPU {platform.machine()}, 1 thread"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result)
+    for method in METHODS:
+        print(method, {k: v for k, v in result[method].items() if k not in ("grids", "curvatures")})
+
+
+if __name__ == "__main__":
+    main()
