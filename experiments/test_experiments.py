@@ -132,10 +132,11 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
 
 
 def test_finished_cells_are_not_run_again(cells: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """run gives back what the file says, and starts no process."""
-    monkeypatch.delattr(glue_table.subprocess, "run")
+    """run gives back what the file says, and run_all starts no process for it."""
+    monkeypatch.delattr(glue_table.multiprocessing, "get_context")
     cells("rte", "head", 1e-3, 2, 0.6)
     assert glue_table.run(None, "rte", "head", 1e-3, 2)["metric"] == 0.6
+    glue_table.run_all(None, [("rte", "head", 1e-3, 2)])
 
 
 def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
