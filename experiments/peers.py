@@ -49,4 +49,5 @@ def adapt(model: nn.Module, method: str, d: int, targets: list[str]) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.inject_adapter_in_model(config(method, d, targets), model)
+        settings = config(method, d, targets)
+        peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, "default")
