@@ -723,6 +723,16 @@ def test_attach_before_the_weights_are_there(fused):
         assert torch.equal(g.ids[name], ids)
 
 
+@FUSED
+def test_ids_can_be_left_to_be_computed_again(fused):
+    """Ids moved to the meta device take no memory, and change no output and no gradient."""
+    case = variant("sequential", fused=fused)
+    (model, g), (other, h) = case.adapted(), case.adapted()
+    h.ids = {name: ids.to("meta") for name, ids in h.ids.items()}
+    assert torch.equal(backward(case(other, grad=True)), backward(case(model, grad=True)))
+    assert torch.equal(h.theta.grad, g.theta.grad) and all(i.is_meta for i in h.ids.values())
+
+
 def test_what_has_no_values_is_not_merged_and_takes_none(file):
     """On the meta device load takes theta, but no head that would be lost, and merge refuses."""
     model, plain = NET.model().to("meta"), MODELS["sequential"]

@@ -97,7 +97,7 @@ def run(
     command += ["--head-lr" if method == "head" else "--lr", f"{rate:g}", *BUDGET[task]]
     command += ["--data-dir", args.data_dir, "--output", str(output), "--resume"]
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             full = train_glue.main(command)
     except SystemExit as error:
         if "diverged" not in str(error):
@@ -122,7 +122,7 @@ def run_all(args: argparse.Namespace, cells: list[tuple[Any, ...]]) -> None:
     """Those that have no file, on args.workers processes of one thread each."""
     missing = [one for one in dict.fromkeys(cells) if not cell(*one).exists()]
     if missing:
-        os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+        os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(args.workers, spawn) as pool:
             for future in [pool.submit(run, args, *one) for one in missing]:
