@@ -145,7 +145,7 @@ class Partition:
 
     def sizes(self) -> Tensor:
         """n_j = floor(N/d) + (1 if j < N mod d else 0), int64 [d]."""
-        return self.N // self.d + (torch.arange(self.d) < self.N % self.d).long()
+        return self.N // self.d + (torch.arange(self.d, device="cpu") < self.N % self.d).long()
 
     def scale(self, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """1/sqrt(n_j), or n_j^0 = 1, [d]: rounded from float64 on the host, equal on any device."""
@@ -191,8 +191,8 @@ class FusedLinear(torch.autograd.Function):
         rows = grad_y.reshape(-1, len(w))  # [..., out] -> [n, out]
         grad_b = rows.sum(0) if ctx.needs_input_grad[2] else None  # [n, out] -> [out]
         grad_w = rows.T @ x.reshape(-1, w.shape[1]).to(rows)  # [out, n] @ [n, in]
-        grad_theta = reduce(grad_w.flatten(), *parts[1:]).to(parts[0])  # [out * in] -> [d]
-        return grad_x, grad_w, grad_b, grad_theta, None, None
+        # grad_theta: [out * in] -> [d]
+        return grad_x, grad_w, grad_b, reduce(grad_w.flatten(), *parts[1:]).to(parts[0]), None, None
 
 
 # --- 4. Attaching to a model ---
@@ -204,6 +204,9 @@ class Adapted(nn.Module):
         w: Any = super().__getattr__(name)
         g, names, _ = self.__dict__["_adapter"]  # GPart, {attribute: name}, the class before
         adapted = g.active and name in names and not hasattr(w, "full_tensor")  # a shard of FSDP2's
+        # accelerate's hooks, about to move a weight, would keep W + P theta as W
+        moving = adapted and "_old_forward" in self.__dict__ and "_hf_hook" not in self.__dict__
+        _require(not moving, "dispatch or offload the model before attach, or inside disabled")
         return add_update(w, *g.parts(names[name], w)) if adapted else w
 
 
@@ -255,7 +258,7 @@ class GPart(nn.Module):
 
     def parts(self, name: str, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, ids and scale for one weight: on its device, in promote(its dtype, float32).
-        Ids on the meta device, as those of weights there at attach, are computed on demand."""
+        Ids on meta, as of weights there at attach, are computed each time until to_empty."""
         P, ids = self.partition, self.ids[name]
         ids = P.groups(*self.spans[name], w.device) if ids.is_meta else ids.to(w.device)
         scale = P.scale(dtype=w.dtype) if w.dtype is torch.float64 else self.scale
@@ -284,7 +287,7 @@ class GPart(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.scale = self.scale.to(device := fn(self.theta.data[:0]).device)  # without casts
-        self.ids = {name: self.parts(name, self.scale)[1] for name in self.ids}
+        self.ids = {name: self.parts(name, fn(ids[:0]))[1] for name, ids in self.ids.items()}
         self.pretrained = {name: fn(w) for name, w in self.pretrained.items()}
         return super()._apply(lambda t: t.to(device), recurse)  # type: ignore[no-untyped-call]
 
@@ -338,38 +341,35 @@ def _match(model: nn.Module, names: Any, argument: str, skip: Any = ()) -> dict[
 
 
 # --- 5. Merging ---
-def _attached(model: nn.Module) -> tuple[GPart, dict[str, Tensor]]:
+def _attached(model: nn.Module, write: bool = False) -> tuple[GPart, dict[str, Tensor]]:
     """The adapter and all it adapts, each name of a tied one: W, or W + P theta while merged."""
     g, own = model._modules.get("gpart"), dict(model.named_parameters(remove_duplicate=False))
     if isinstance(g, GPart):
+        away = write and any(own[name].is_meta for name in g.owners)
+        _require(not away, "weights on meta cannot be merged or unmerged: give them values first")
         return g, {name: own[name] for name in g.owners}
     raise ValueError(f"{type(model).__name__} has no adapter: attach or load one, or unwrap it")
 
 
-@torch.no_grad()
 def merge(model: nn.Module) -> None:
     """W <- W + P theta in place: the forward equals the attached one at the plain model's cost.
     Added in promote(W's dtype, float32), cast once; keeps a copy of every W. ValueError if merged
     already, inside disabled(model), or if theta is not finite."""
-    g, weights = _attached(model)
+    g, weights = _attached(model, write=True)
     _require(g.active, "merged or disabled already: unmerge(model), or leave the disabled block")
     _require(g.theta.isfinite().all(), "theta has NaN or infinite values: nothing is merged")
-    _require(not any(w.is_meta for w in weights.values()), "weights on meta cannot be merged")
-    g.pretrained, g.active = {name: w.clone() for name, w in weights.items()}, False
+    g.pretrained, g.active = {name: w.detach().clone() for name, w in weights.items()}, False
     for name, w in weights.items():
-        w.copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)))
+        w.detach().copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)).detach())
 
 
 def unmerge(model: nn.Module) -> None:
     """The pretrained weights again, bit for bit. ValueError if the adapter is not merged."""
-    g, weights = _attached(model)
+    g, weights = _attached(model, write=True)
     _require(g.pretrained, "the adapter is not merged: merge(model) comes first")
     for name, w in weights.items():
         w.detach().copy_(g.pretrained[name])
     g.pretrained, g.active = {}, True
-
-
-_merge = merge  # detach has an argument of that name
 
 
 def detach(model: nn.Module, merge: bool = False) -> None:
@@ -377,7 +377,7 @@ def detach(model: nn.Module, merge: bool = False) -> None:
     Classes and requires_grad are as attach found them; modules_to_save keep what they learnt."""
     g, _ = _attached(model)
     if merge != bool(g.pretrained):
-        (_merge if merge else unmerge)(model)
+        (globals()["merge"] if merge else unmerge)(model)  # the argument hides the function
     del model.gpart
     for module in model.modules():
         if isinstance(module, Adapted):
@@ -422,7 +422,7 @@ def save(model: nn.Module, path: Path) -> None:
     tensors = {"theta": g.theta.detach().float(), **{key: state[key] for key in g.saved}}
     for name, t in tensors.items():
         t = t.full_tensor() if hasattr(t, "full_tensor") else t  # FSDP2 shards it
-        _require(t.isfinite().all(), f"{name} has NaN or infinite values: nothing is saved")
+        _require(not t.is_meta and t.isfinite().all(), f"{name} has NaN or infinite values or none")
         tensors[name] = t.cpu().clone(memory_format=torch.contiguous_format)
     metadata = {"format": FORMAT, "gpart_version": __version__, "manifest": json.dumps(g.manifest)}
     metadata |= {key: json.dumps(value) for key, value in vars(g.partition).items()}
@@ -438,7 +438,6 @@ def save(model: nn.Module, path: Path) -> None:
 
 def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) -> GPart:
     """Attach the adapter in path by its manifest; if model has that one attached, swap theta.
-
     The weights are bit-identical in any process, on any device and release. rename={stored: here}
     maps parameter names that another release of the model spells otherwise. ValueError, and an
     unchanged model, if the file is damaged, foreign, newer or longer than an adapter of the model
@@ -472,7 +471,7 @@ def load(model: nn.Module, path: Path, rename: Mapping[str, str] | None = None) 
     _require(whole, f"{path} repeats a name, has wrong dtypes, meta heads or does not add up to N")
     g = model._modules.get("gpart")
     g = g if isinstance(g, GPart) else GPart(model, P, {n: own[n] for n in names}, heads, True)
-    _require(not g.pretrained, "the adapter is merged: unmerge(model) before loading another")
+    _require(not g.pretrained and not g.theta.is_meta, "merged, or on meta: unmerge(model) first")
     for new, old in ((P, g.partition), ({*heads}, {*g.saved}), (manifest, g.manifest)):
         _require(new == old, f"{path} has {new}, the model {old}: detach(model) first")
     for w, t in [(g.theta, theta), *((own[name], t) for name, t in heads.items())]:

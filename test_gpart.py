@@ -711,21 +711,23 @@ def test_attach_before_the_weights_are_there(fused):
     model, late = case.adapted()[0], case.model().to("meta")
     (g := case.attach(late)).theta.data.copy_(model.gpart.theta.data)
     assert all(ids.is_meta for ids in g.ids.values()) and late(X[0].to("meta")).is_meta
-    state = {name: w.clone() for name, w in model.state_dict().items()}
+    state = {name: w.clone() for name, w in model.state_dict().items() if name != "gpart.theta"}
+    late.bfloat16().float()
+    assert all(ids.is_meta for ids in g.ids.values())  # a cast brings no values
     merge(model)
     merged = parameters(model)
     for name, _ in g.manifest:  # as a checkpoint too large for memory would be merged
         assert torch.equal(gpart.add_update(state[name], *g.parts(name, state[name])), merged[name])
     unmerge(model)
-    late.to_empty(device="cpu").load_state_dict(state)
+    late.to_empty(device="cpu").load_state_dict(state, strict=False)
     assert torch.equal(case(late), case(model)) and trainable(late) == ["gpart.theta"]
     for name, ids in model.gpart.ids.items():
         assert torch.equal(g.ids[name], ids)
 
 
 @FUSED
-def test_ids_can_be_left_to_be_computed_again(fused):
-    """Ids moved to the meta device take no memory, and change no output and no gradient."""
+def test_ids_can_be_computed_at_each_call(fused):
+    """Ids on the meta device are computed at each call, with the same output and gradient."""
     case = variant("sequential", fused=fused)
     (model, g), (other, h) = case.adapted(), case.adapted()
     h.ids = {name: ids.to("meta") for name, ids in h.ids.items()}
@@ -734,34 +736,58 @@ def test_ids_can_be_left_to_be_computed_again(fused):
 
 
 def test_what_has_no_values_is_not_merged_and_takes_none(file):
-    """On the meta device load takes theta, but no head that would be lost, and merge refuses."""
+    """On the meta device load takes theta, but no head that would be lost, and nothing for a theta
+    that is there too; merge, unmerge, disabled and save refuse what they could not do."""
     model, plain = NET.model().to("meta"), MODELS["sequential"]
     with pytest.raises(ValueError, match="meta heads"):
         load(model, file)
     assert not hasattr(model, "gpart")
     g = NET.attach(model)
-    with pytest.raises(ValueError, match="weights on meta cannot be merged"):
+    with pytest.raises(ValueError, match="meta cannot be merged or unmerged"):
         merge(model)
     assert g.active and not g.pretrained
     save(source := plain.adapted()[0], file)
-    g = load(model := plain.model().to("meta"), file)
+    with torch.device("meta"):  # whatever the default device
+        g = load(model := plain.build(), file)
     assert torch.equal(g.theta, source.gpart.theta) and not g.theta.is_meta
+    merge(source)
+    source.to("meta")
+    with pytest.raises(ValueError, match="meta cannot be merged or unmerged"), disabled(source):
+        pass
+    for call in (unmerge, detach):
+        with pytest.raises(ValueError, match="meta cannot be merged or unmerged"):
+            call(source)
+    assert source.gpart.pretrained
+    model.to("meta")
+    with pytest.raises(ValueError, match="merged, or on meta"):
+        load(model, file)
+    with pytest.raises(ValueError, match="theta has NaN or infinite values or none"):
+        save(model, file)
 
 
 @FUSED
-def test_offloaded_weights_are_adapted_as_they_come(fused):
-    """accelerate keeps the weights elsewhere and brings each for its layer's call: the output and
-    the gradient are those of the model at home, whichever came first, attach or accelerate."""
+def test_dispatched_weights_are_adapted_as_they_come(fused):
+    """accelerate keeps the weights away until their layer is called: output and gradient are those
+    of the model at home. It reads weights to move them, and after attach would keep W + P theta as
+    W: that is refused, but inside disabled it is well."""
+
+    def offload(model):
+        for layer in (model[0], model[2]):
+            accelerate.cpu_offload(layer, execution_device="cpu")
+            assert layer._parameters["weight"].is_meta
+
     case = variant("sequential", fused=fused)
     model = case.adapted()[0]
     y = backward(case(model, grad=True))
-    for attach_first in (True, False):
-        away = case.adapted()[0] if attach_first else case.model()
-        for layer in (away[0], away[2]):
-            accelerate.cpu_offload(layer, execution_device="cpu")
-        assert away[0].weight.is_meta or attach_first
-        if not attach_first:
-            case.attach(away).theta.data.copy_(model.gpart.theta.data)
+    offload(before := case.model())
+    case.attach(before).theta.data.copy_(model.gpart.theta.data)
+    inside = case.adapted()[0]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="before attach, or inside disabled"):
+            offload(inside)
+    with disabled(inside):
+        offload(inside)
+    for away in (before, inside):
         assert torch.equal(backward(case(away, grad=True)), y)
         assert_close(away.gpart.theta.grad, model.gpart.theta.grad)
 
@@ -1993,7 +2019,7 @@ def test_states_do_not_stack(file):
     merge(model)
     with refused(model, twice):
         merge(model)
-    with refused(model, r"^the adapter is merged: unmerge\(model\) before loading another$"):
+    with refused(model, r"^merged, or on meta: unmerge\(model\) first$"):
         load(model, file)
     unmerge(model)
     assert snapshot(model) == snapshot(trained())
@@ -2005,8 +2031,8 @@ def test_non_finite_theta_goes_nowhere(action, value, file):
     """A diverged theta reaches neither the weights nor the disk."""
     model, before = trained(), file.read_bytes()
     model.gpart.theta.data[3] = value
-    done = "saved" if action == "save" else "merged"
-    with refused(model, f"^theta has NaN or infinite values: nothing is {done}$"):
+    end = " or none" if action == "save" else ": nothing is merged"
+    with refused(model, f"^theta has NaN or infinite values{end}$"):
         ACTIONS[action](model, file)
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 

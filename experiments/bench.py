@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step time, memory and file size of GPart beside dense training, LoRA and its relatives.
 
-    python -m experiments.bench                     # about 20 minutes on two CPU cores
+    python -m experiments.bench                     # 17 minutes on two CPU cores
     python -m experiments.bench --model qwen2.5-0.5b --batch 2 --length 2048 --dtype bf16   # CUDA
 
 A step is forward, backward, AdamW and zero_grad on fixed random tokens, of a model with random
@@ -20,7 +20,7 @@ All sides alternate in one process, in a new random order each round, and a rati
 steps in the same round; the table has medians and quartiles over the rounds. Peak memory is what
 a child process that trains this side alone grows by after its imports (CPU), or allocates at most
 (CUDA); GFLOP are the matrix products of one step. Without arguments it runs the cases of its
-device; results/bench-<device>.json has all.
+device and writes results/bench-<device>.json.
 """
 
 import argparse
@@ -189,6 +189,9 @@ def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, 
         row["seconds"] = spread(times[side])
         for key, floor in (("to_dense", "dense"), ("to_unilora", "unilora")):
             row[key] = spread([a / b for a, b in zip(times[side], times[floor], strict=True)])
+    sides.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the next case's children share the GPU
     model, batch, length, dtype = case
     return {"model": model, "batch": batch, "length": length, "dtype": dtype, "rows": rows}
 
@@ -210,13 +213,15 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", choices=CASES, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--model", choices=MODELS, help="one case instead of the device's own")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="default: results/bench-<device>.json")
+    parser.add_argument("--output", type=Path, help="results/bench-<device>.json if no --model")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
     one = (args.model, args.batch, args.length, args.dtype)
@@ -231,10 +236,12 @@ def main() -> None:
         "cases": [],
     }
     path = args.output or HERE / "results" / f"bench-{args.device}.json"
+    keep = args.output or not args.model
     for case in [one] if args.model else CASES[args.device]:
         result["cases"].append(run(case, args.device, args.rounds))
         print(table(result["cases"][-1]), end="\n\n")
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        if keep:
+            path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

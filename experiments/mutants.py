@@ -48,8 +48,8 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
     ],
     "merge adds twice": [
         (
-            "w.copy_(add_update(g.pretrained[name], *g.parts(g.owners[name], w)))",
-            "w.add_(expand(*g.parts(g.owners[name], w)).view(w.shape), alpha=2)",
+            "copy_(add_update(g.pretrained[name],",
+            "copy_(add_update(add_update(g.pretrained[name], *g.parts(g.owners[name], w)),",
         )
     ],
     "cycle walking stops after one step": [
@@ -85,7 +85,7 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
     "for even, odd in zip(keys[::2], keys[1::2], ):": EVEN,
     "for even, odd in zip(keys[::2], keys[1::2], strict=False):": EVEN,
     "own = dict(model.named_parameters(remove_duplicate=None))": FALSY,
-    "scale = self.partition.scale(dtype=None) if w.dtype is torch.float64 else self.scale": (
+    "scale = P.scale(dtype=None) if w.dtype is torch.float64 else self.scale": (
         "without a cast the scale stays what it was computed in, float64"
     ),
     "def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = False) -> Any:": CHILDLESS,
@@ -109,7 +109,7 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
 
 def unwrapped(source: str) -> str:
     """source with `@f` above a function turned into `g = f(g)` below it, since mutmut leaves
-    decorated functions as they are: merge, unmerge and disabled are among them."""
+    decorated functions as they are: disabled is among them."""
     lines = source.splitlines()
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.decorator_list:

@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 
 def peak():  # GB
     status = open("/proc/self/status").read()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 def timed(f, *args):
     start = time.perf_counter()

@@ -11,16 +11,17 @@ numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A), in 
     FSDP reduce    2 T, GPart 4 d                       bf16; theta is no shard and stays float32
     state, full    4 A + 12 A                           12: gradient and Adam's moments in float32
       LoRA         b A + 4 T + 12 T                     its factors in float32
-      GPart        b A + 4 d + 12 d + 4 (N + d)         theta, and group ids and scale; without the
-                                                        4 N of ids where they are recomputed
+      GPart        b A + 4 d + 12 d + 4 (N + d)         theta, and group ids and scale
+    DDP buckets    4 T                                  on top of the state
 
 where a frozen weight has b = 4 bytes, or 2 in bf16. FSDP divides by its W devices what it shards:
-not theta, not the ids. A device sends and receives (W - 1) / W of each figure, and twice that for
-an all-reduce. Activations come on top and are alike.
+not theta, not the ids. Of what is gathered or scattered a device sends (W - 1) / W, of what is
+all-reduced twice that. Activations come on top, and full fine-tuning keeps more of them.
 
 RoBERTa-base confirms: DDP and FSDP2 run one step with torch's fake process group of 8, and every
-collective call is counted; the state is the sum of all storages alive between the optimizer's step
-and zero_grad. The 8B and 70B models are on the meta device.
+collective call is counted; the state, of one device in float32, is the sum of all storages alive
+between the optimizer's step and zero_grad. FSDP's shares of the state and DDP's buckets are not
+counted. The 8B and 70B models are on the meta device.
 """
 
 import gc
@@ -79,6 +80,16 @@ def formulas(side: str, s: dict[str, int], frozen: int, world: int = 1) -> dict[
         "fsdp_gather": 4 * (gathered - s["A_root"]) + 2 * s["A_root"],
         "fsdp_reduce": (4 if side == "gpart" else 2) * T,
         "state": state,
+    }
+
+
+def sent(side: str, row: dict[str, float]) -> dict[str, float]:
+    """By each device: (W - 1) / W of what is gathered or scattered, twice that of an all-reduce."""
+    share = (WORLD - 1) / WORLD
+    return {
+        "ddp_sent": 2 * share * row["ddp_reduce"],
+        "fsdp_gather_sent": share * row["fsdp_gather"],
+        "fsdp_reduce_sent": (2 if side == "gpart" else 1) * share * row["fsdp_reduce"],
     }
 
 
@@ -160,15 +171,15 @@ def check(counted: dict[str, float], formula: dict[str, float]) -> None:
 
 
 def table(models: dict[str, Any]) -> str:
-    """GB for each model and method; MB for what GPart and LoRA reduce."""
+    """What one device sends in a step, and what it holds."""
     lines = [
-        f"| model | method | trained | DDP reduce | DDP state | FSDP-{WORLD} gather |"
-        f" FSDP-{WORLD} reduce | FSDP-{WORLD} state |",
+        "| model | method | trained | DDP sends | DDP holds | FSDP sends, weights |"
+        " gradients | FSDP holds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, model in models.items():
         for side, row in model["rows"].items():
-            keys = ("ddp_reduce", "state_ddp", "fsdp_gather", "fsdp_reduce", "state")
+            keys = ("ddp_sent", "state_ddp", "fsdp_gather_sent", "fsdp_reduce_sent", "state")
             cells = [
                 f"{row[k] / 1e9:,.1f} GB" if row[k] > 1e9 else f"{row[k] / 1e6:,.1f} MB"
                 for k in keys
@@ -232,10 +243,8 @@ def main() -> None:
         rows = {}
         for side in SIDES:
             rows[side] = {"trained": trained(side, s), **formulas(side, s, 2, WORLD)}
-            rows[side]["state_ddp"] = formulas(side, s, 2)["state"]
-        rows["gpart, ids recomputed"] = dict(rows["gpart"])
-        for key in ("state", "state_ddp"):
-            rows["gpart, ids recomputed"][key] -= 4 * s["N"]
+            rows[side]["state_ddp"] = formulas(side, s, 2)["state"] + rows[side]["ddp_reduce"]
+            rows[side] |= sent(side, rows[side])
         models[name] = {**s, "rows": rows}
     (HERE / "results" / "scaling.md").write_text(text := report(confirmed, models))
     print(text)

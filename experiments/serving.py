@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving many adapters from one loaded model: seconds for a swap, bytes for a thousand.
 
-    python -m experiments.serving                   # one minute; writes results/serving.json
+    python -m experiments.serving                   # two minutes; writes results/serving.json
 
 RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside PEFT's LoRA of rank
 8. All sides alternate in one process; the figures are medians. A swap goes to an adapter that is
@@ -10,15 +10,18 @@ RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside 
     memory   kept in memory already: theta copied, or PEFT's set_adapter
     merged   kept in memory, while the model serves with merged weights: unmerge, swap, merge
 
-and the forward passes, one sequence of 128 tokens, are what a request pays then.
+and the forward passes of one sequence of 1, 16 and 128 tokens are what a request pays then: an
+attached GPart rebuilds W + P theta whatever the number of tokens.
 """
 
 import json
 import platform
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -29,13 +32,13 @@ import gpart
 from experiments.bench import build
 
 HERE = Path(__file__).resolve().parent
-ROUNDS = 15
+ROUNDS, LENGTHS = 25, (1, 16, 128)
 
 
 def main() -> None:
     g, lora = (build(side, "roberta-base", "cpu").eval() for side in ("gpart", "lora"))
     plain = build("full", "roberta-base", "cpu").eval()
-    tokens = torch.randint(5, 100, (1, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(5, 100, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         gpart.save(g, file := f"{folder}/gpart.safetensors")
         lora.save_pretrained(f"{folder}/lora")
@@ -52,8 +55,10 @@ def main() -> None:
         turn = 0
 
         def lora_file() -> None:
+            lora.set_adapter("default")
             lora.delete_adapter("other")
             lora.load_adapter(f"{folder}/lora", "other")
+            lora.set_adapter("other")
 
         def gpart_merged() -> None:
             gpart.unmerge(merged_g)
@@ -72,36 +77,39 @@ def main() -> None:
             "memory lora": lambda: lora.set_adapter(names[turn % 2]),
             "merged gpart": gpart_merged,
             "merged lora": lora_merged,
-            "forward plain": lambda: plain(tokens),
-            "forward gpart": lambda: g(tokens),
-            "forward lora": lambda: lora(tokens),
-            "forward merged gpart": lambda: merged_g(tokens),
-            "forward merged lora": lambda: merged_lora(tokens),
         }
+        models = {"plain": plain, "gpart": g, "lora": lora}
+        models |= {"merged gpart": merged_g, "merged lora": merged_lora}
+        for name, model in models.items():
+            for n in LENGTHS:
+                actions[f"forward {name}, {n}"] = partial(model, tokens[:, :n])
         times: dict[str, list[float]] = {name: [] for name in actions}
+        order = [*actions]
         for turn in range(-2, ROUNDS):
-            for name, action in actions.items():
-                with torch.set_grad_enabled(name == "memory lora"):  # it sets requires_grad
-                    start = time.perf_counter()
-                    action()
+            random.Random(turn).shuffle(order)
+            for name in order:
+                with torch.set_grad_enabled("lora" in name and "forward" not in name):
+                    start = time.perf_counter()  # PEFT's swaps set requires_grad
+                    actions[name]()
                     seconds = time.perf_counter() - start
                 if turn >= 0:
                     times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    floor = times["forward plain"]
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], floor, strict=True))
-        for name in times
-        if name.startswith("forward")
-    }
-    print(
-        "| | swap from file, ms | from memory, ms | merged, ms | forward / plain model's |", end=""
-    )
-    print(" same, merged | 1,000 files, MB |\n|---|---|---|---|---|---|---|")
+    ratios = {}
+    for name in models:
+        for n in LENGTHS:
+            pairs = zip(times[f"forward {name}, {n}"], times[f"forward plain, {n}"], strict=True)
+            ratios[f"{name}, {n}"] = statistics.median(a / b for a, b in pairs)
+    print("| | from file, ms | from memory, ms | merged, ms | 1,000 files, MB |")
+    print("|---|---|---|---|---|")
     for side, size in sizes.items():
         row = [f"{medians[f'{what} {side}'] * 1e3:.3g}" for what in ("file", "memory", "merged")]
-        row += [f"{ratios[f'{what} {side}']:.3f}" for what in ("forward", "forward merged")]
         print(f"| {side} | {' | '.join(row)} | {size / 1e3:,.0f} |")
+    print(f"\n| forward / plain | {' | '.join(f'{n} tokens' for n in LENGTHS)} |")
+    print("|---" * (1 + len(LENGTHS)) + "|")
+    for name in models:
+        row = [f"{ratios[f'{name}, {n}']:.2f}" for n in LENGTHS]
+        print(f"| {name} | {' | '.join(row)} |")
     result = {
         "seconds": medians,
         "forward_to_plain": ratios,

@@ -30,9 +30,9 @@ def test_named_bugs_are_bugs_of_this_code(bug: str) -> None:
 
 
 def test_unwrapping_decorators_changes_nothing() -> None:
-    """What mutmut mutates is gpart.py: merge, unmerge and disabled work, and none is decorated."""
+    """What mutmut mutates is gpart.py: disabled works, and is not decorated."""
     text = mutants.unwrapped(SOURCE)
-    assert "@torch.no_grad()\n" not in text and "merge = torch.no_grad()(merge)" in text
+    assert "@contextlib" not in text and "disabled = contextlib.contextmanager(disabled)" in text
     module = types.ModuleType("gpart")
     exec(compile(text, "gpart.py", "exec"), vars(module))
     module.attach(net := torch.nn.Linear(3, 3), 2, target_modules="all-linear")
@@ -68,14 +68,16 @@ def test_peers_train_as_many_numbers_as_published() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("side", bench.SIDES)
 def test_every_side_of_the_bench_trains(side: str) -> None:
-    """A step moves each trained tensor that the loss depends on, and nothing else."""
+    """Two steps move every trained tensor, and nothing else."""
     one = bench.Side(side, "tiny", 2, 8, "fp32", "cpu")
     one.optimizer.param_groups[0]["lr"] = 0.1
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     for _ in range(2):  # LoRA's A has no gradient while B is zero
         assert one.step() > 0
     moved = {n for n, p in one.model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and moved <= {n for n, p in one.model.named_parameters() if p.requires_grad}
+    still = {n for n, p in one.model.named_parameters() if p.requires_grad} ^ moved
+    # the key's bias shifts all scores of a query alike, and few tokens and positions occur
+    assert all(side == "full" and "key.bias" in name for name in still), still
     assert bench.adapter_bytes(side, one.model) > 4 * sum(p.numel() for p in one.trained)
 
 
