@@ -78,6 +78,7 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
 EVEN = "an even number of keys: both halves are equally long"
 FALSY = "None is as false as False"
 CHILDLESS = "a GPart has no submodules to recurse into"
+ONE = "one element goes where none would go"
 HIDDEN = "any name will do in a folder of its own, and the file is renamed"
 REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tell}
     "keys.append((z ^ (z >> 32)) >> 33)": "of z >> 31 and z >> 32 no bit reaches the top 31",
@@ -91,7 +92,9 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
     "def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = False) -> Any:": CHILDLESS,
     "return super()._apply(lambda t: t.to(device), None)": CHILDLESS,
     "return super()._apply(lambda t: t.to(device), )": CHILDLESS,
-    "device = fn(self.theta.data[:1]).device": "one element goes where none would go",
+    "self.scale = self.scale.to(device := fn(self.theta.data[:1]).device)": ONE,
+    "self.ids = {name: self.parts(name, fn(ids[:1]))[1] for name, ids in self.ids.items()}": ONE,
+    "theta = sum((reduce(*p).to(self.theta.device) for p in parts), )": "sum starts at 0 too",
     "for name, w in module.named_parameters(path, recurse=None):": FALSY,
     'g, own = model._modules.get("gpart"), dict(model.named_parameters(remove_duplicate=None))': (
         FALSY
