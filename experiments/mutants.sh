@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Mutation testing: does any test notice when gpart.py is changed? About 20 minutes on two cores:
+# Mutation testing: does any test notice when gpart.py is changed? About 15 minutes on two cores:
 #
 #     pip install mutmut==3.8.1 && experiments/mutants.sh
 #
