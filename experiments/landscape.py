@@ -9,7 +9,8 @@ validation set, as a function of the vector theta alone; the head stays.
 
     grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d and x, y in
              -1..1: 9 x 9 points, three seeds of directions; one colour scale for both methods
-    ratio    largest over smallest curvature u^T H u of 32 random unit directions u
+    ratio    largest over smallest curvature u^T H u of 32 random unit directions u, which says
+             nothing where one of them is not positive; spread, their deviation over their mean
     top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
     moved    |J u|, how far the weights move for a unit step along u: 1 for GPart, measured for
              both; and the mean curvature per squared weight distance, u^T H u / |J u|^2
@@ -21,6 +22,7 @@ Writes results/landscape.json and figures/landscape.png.
 import argparse
 import json
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,8 @@ def measure(loss: Loss) -> dict[str, Any]:
         "norm of theta": size,
         "grids": grids,
         "curvatures": curvatures,
-        "ratio": max(curvatures) / min(curvatures),
+        "ratio": max(curvatures) / min(curvatures) if min(curvatures) > 0 else None,
+        "spread": statistics.stdev(curvatures) / statistics.mean(curvatures),
         "moved": lengths,
         "curvature per weight distance": sum(scaled) / len(scaled),
         "top": sorted(top.tolist(), reverse=True),

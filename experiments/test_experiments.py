@@ -13,7 +13,8 @@ import torch
 import transformers
 
 sys.path.insert(0, str(mutants.ROOT))
-from experiments import bench, dimension, glue_table, peers, scaling
+import gpart
+from experiments import bench, decay, dimension, glue_table, landscape, peers, scaling
 
 SOURCE = (mutants.ROOT / "gpart.py").read_text()
 RESULTS = Path(__file__).parent / "results"
@@ -148,3 +149,53 @@ def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch)
     assert steps == pytest.approx([0.005 * 23040**0.5] * len(steps), rel=5e-3)
     assert {rate for _, rate in dimension.points("fixed")} == {0.005}
     assert max(d for d, _ in dimension.points("unilora")) == 23040
+
+
+# --- Decay and landscape ---
+@pytest.mark.parametrize("factor", [1.0, 8.8, 76.8])
+def test_decay_finds_the_factor_between_two_curves(factor: float) -> None:
+    """The same curve, shifted by a factor along the decay: that factor, wherever the points lie."""
+    norm = lambda x: 3.0 / (1.0 + x) ** 2  # noqa: E731
+    grid = [10.0**k for k in range(-4, 5)]
+    curves = {
+        "gpart": [(0.0, 3.0), *((x, norm(x)) for x in grid)],
+        "gpart-noniso": [(0.0, 3.0), *((x * factor, norm(x)) for x in grid)],
+    }
+    result = decay.summary({"Adam": curves})["Adam"]
+    assert result["factor"] == pytest.approx(factor)
+    assert result["expected"] == pytest.approx(1769472 / 23040)
+
+
+class Quadratic(torch.nn.Module):
+    """loss = theta^T A theta / 2 + an offset for each batch."""
+
+    def __init__(self, A: torch.Tensor, theta: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.A, self.theta = A, theta
+
+    def forward(self, offset: float) -> Any:
+        return types.SimpleNamespace(loss=self.theta @ self.A @ self.theta / 2 + offset)
+
+
+def test_landscape_measures_the_hessian() -> None:
+    """Of a quadratic loss: its values, its matrix, and theta as it was afterwards."""
+    draw = torch.Generator().manual_seed(0)
+    A = torch.randn(6, 6, generator=draw)
+    A, u = A + A.T, torch.randn(6, generator=draw)
+    loss = landscape.Loss.__new__(landscape.Loss)
+    loss.theta = torch.nn.Parameter(torch.randn(6, generator=draw))
+    loss.start = loss.theta.detach().clone()
+    loss.model, loss.batches = Quadratic(A, loss.theta), [{"offset": 1.0}, {"offset": 3.0}]
+    torch.testing.assert_close(loss.hessian(u), A @ u)
+    assert loss.at(u) == pytest.approx(float(u @ A @ u / 2 + 2), rel=1e-5)
+    assert torch.equal(loss.theta, loss.start)
+
+
+def test_landscape_measures_how_far_weights_move() -> None:
+    """|J u| = |u| for GPart, sqrt(n) |u| without isometry."""
+    for isometric, expected in ((True, 1.0), (False, 8.0)):
+        net = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+        g = gpart.attach(net, 4, target_modules="0", isometric=isometric, fused=False)
+        loss = landscape.Loss.__new__(landscape.Loss)
+        loss.model, loss.theta, loss.start = net, g.theta, g.theta.detach().clone()
+        assert loss.moved(landscape.unit(4, 0)) == pytest.approx(expected, rel=1e-3)
