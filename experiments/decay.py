@@ -34,11 +34,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_glue
+from experiments.glue_table import D, N
 
 HERE = Path(__file__).resolve().parent
-STEPS, BATCH, D = 120, 16, 23040
-N = 1769472
-LR = 5e-3
+STEPS, BATCH, LR = 120, 16, 5e-3
 DECAYS = {  # of the isometric variant; the other one gets them times 1 and times what is expected
     "Adam": [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3],
     "AdamW": [0.0, 0.3, 1.0, 3.0, 10.0, 30.0],

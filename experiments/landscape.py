@@ -60,8 +60,7 @@ class Loss:
         args = train_glue.parser().parse_args(command)
         model = train_glue.load_adapter(args, output / "adapter.safetensors").eval()
         if method == "gpart":  # the plain path can be differentiated twice
-            theta, model.gpart.theta.data = model.gpart.theta.data, model.gpart.theta.data.clone()
-            manifest = model.gpart.manifest
+            theta, manifest = model.gpart.theta.detach(), model.gpart.manifest
             gpart.detach(model)
             gpart.attach(model, glue.D, target_modules=args.target_modules, fused=False)
             assert model.gpart.manifest == manifest
