@@ -26,20 +26,20 @@ LR = {"unilora": 5e-3, "lora": 5e-4, "vera": 1e-2, "fourierft": 5e-2, "bitfit": 
 METHODS = tuple(LR) if importlib.util.find_spec("peft") else ()
 
 
-def config(method: str, d: int, targets: list[str]) -> Any:
-    """PEFT's settings of a method."""
+def config(method: str, d: int, targets: list[str], rank: int = 8) -> Any:
+    """PEFT's settings of a method; rank is LoRA's, and its alpha twice that."""
     import peft  # takes seconds, which train_glue.py spends only where it is wanted
 
     kinds: dict[str, Any] = {
         "unilora": lambda: peft.UniLoraConfig(r=4, theta_d_length=d, target_modules=targets),
-        "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets),
+        "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets),
         "vera": lambda: peft.VeraConfig(r=1024, target_modules=targets),
         "fourierft": lambda: peft.FourierFTConfig(n_frequency=1000, target_modules=targets),
     }
     return kinds[method]()
 
 
-def adapt(model: nn.Module, method: str, d: int, targets: list[str]) -> None:
+def adapt(model: nn.Module, method: str, d: int, targets: list[str], rank: int = 8) -> None:
     """Insert a method into model, in place; only what it trains is left trainable."""
     if method == "bitfit":
         for name, p in model.named_parameters():
@@ -49,5 +49,5 @@ def adapt(model: nn.Module, method: str, d: int, targets: list[str]) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = config(method, d, targets)
+        settings = config(method, d, targets, rank)
         peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, settings, "default")
