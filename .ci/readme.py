@@ -1,6 +1,7 @@
 """Run the README: its Python blocks print what the block after them says, its tests exist.
 
-Each block runs by itself in an empty folder; a ```text block right after it is its whole output.
+Each section has a folder and names of its own, which its blocks share from top to bottom; a ```text
+block right after a block is its whole output.
 """
 
 import contextlib
@@ -12,29 +13,31 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", flags=re.DOTALL)
 
 
 def main() -> int:
     readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", readme, flags=re.DOTALL)
-    failed = 0
-    for code, expected in blocks:
-        out = io.StringIO()
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out):
-            os.chdir(folder)
-            exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-            os.chdir(ROOT)
-        if out.getvalue() != expected:
-            failed += 1
-            print(f"{code}\nprinted\n{out.getvalue()}\nbut README.md says\n{expected}")
-    tests = "".join(path.read_text() for path in ROOT.glob("test_*.py"))
+    count = failed = 0
+    for section in re.split("^## ", readme, flags=re.MULTILINE):
+        names = {"__name__": "readme"}
+        with tempfile.TemporaryDirectory() as folder:
+            for code, expected in BLOCK.findall(section):
+                out = io.StringIO()
+                os.chdir(folder)
+                with contextlib.redirect_stdout(out):
+                    exec(compile(code, "README.md", "exec"), names)
+                os.chdir(ROOT)
+                count += 1
+                if expected and out.getvalue() != expected:
+                    failed += 1
+                    print(f"{code}\nprinted\n{out.getvalue()}\nbut README.md says\n{expected}")
+    tests = "".join(path.read_text() for path in ROOT.rglob("test_*.py"))
     missing = [
         name for name in set(re.findall(r"`(test_\w+)`", readme)) if f"def {name}(" not in tests
     ]
-    print(
-        f"README.md: {len(blocks)} blocks run, {failed} wrong; tests named but missing: {missing}"
-    )
-    return 1 if failed or missing or not blocks else 0
+    print(f"README.md: {count} blocks run, {failed} wrong; tests named but missing: {missing}")
+    return 1 if failed or missing or not count else 0
 
 
 if __name__ == "__main__":

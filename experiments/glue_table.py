@@ -5,12 +5,12 @@
     python -m experiments.glue_table --render                  # only the tables and the figure
 
 Every cell is one run of train_glue.py and one file in results/glue/, and what has a file is not
-run again (whoever changes BUDGET deletes them): all-MiniLM-L6-v2, bf16 autocast, one CPU thread, as
-many cells at a time as there are cores. First each method's learning rate: five values a factor of
-3 apart around its published one, the best mean dev metric of STS-B and SST-2 with seed 0 (for the
-head alone, of the head's; for the non-isometric variant the five of GPart times sqrt(d/N), the same
-steps in weight space). Then the tables: the validation metric at that rate, the checkpoint picked
-on the dev split.
+run again (whoever changes BUDGET deletes them; the adapters stay in --work): all-MiniLM-L6-v2, bf16
+autocast, one CPU thread, as many cells at a time as there are cores. First each method's learning
+rate: five values a factor of 3 apart around its published one, the best mean dev metric of STS-B
+and SST-2 with seed 0 (for the head alone, of the head's; for the non-isometric variant the five of
+GPart times sqrt(d/N), the same steps in weight space). Then the tables: the validation metric at
+that rate, the checkpoint picked on the dev split.
 
 Without --render it ends with results/glue.md and figures/rates.png, which --render makes from
 whatever cells there are.
@@ -24,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -84,25 +83,33 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run(
+def trained(
     args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
-) -> Any:
-    """The cell's result, from its file or from train_glue.py, which goes on where it was killed."""
-    path = cell(task, method, rate, seed, d)
-    if (done := read(path)) is not None:
-        return done
+) -> tuple[dict[str, Any], list[str], Path]:
+    """(train_glue.py's results, its command line, the folder with the adapter) of one run, which
+    is trained, or goes on where it was killed, unless it is in the folder already."""
     import train_glue
 
-    output = Path(args.work, path.stem)
+    output = Path(args.work, cell(task, method, rate, seed, d).stem)
     command = ["--task", task, "--method", method, "--d", str(d), "--seeds", str(seed), "--bf16"]
     command += ["--head-lr" if method == "head" else "--lr", f"{rate:g}", *BUDGET[task]]
     command += ["--data-dir", args.data_dir, "--output", str(output), "--resume"]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return train_glue.main(command), command, output
+
+
+def run(
+    args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
+) -> Any:
+    """The cell's result, from its file or from training."""
+    path = cell(task, method, rate, seed, d)
+    if (done := read(path)) is not None:
+        return done
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            full = train_glue.main(command)
+        full = trained(args, task, method, rate, seed, d)[0]
     except SystemExit as error:
         if "diverged" not in str(error):
-            raise RuntimeError(f"train_glue.py {' '.join(command)}: {error}") from error
+            raise RuntimeError(f"{path.stem}: {error}") from error
         result = {"dev": None, "metric": None}  # that is a result too
     else:
         (one,) = full["runs"]
@@ -114,7 +121,6 @@ def run(
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
-    shutil.rmtree(output, ignore_errors=True)
     print(f"{path.stem}: {result['metric']} ({result.get('minutes', 0):.1f} min)", flush=True)
     return result
 
@@ -232,7 +238,7 @@ def render() -> str:
 def parse(doc: str | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     p.add_argument("--data-dir", help="folder of GLUE's TSV files")
-    p.add_argument("--work", default="runs/glue", help="where runs keep their checkpoints")
+    p.add_argument("--work", default="runs/glue", help="folder of the runs: checkpoints, adapters")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     p.add_argument("--render", action="store_true", help="run nothing")
     args = p.parse_args()

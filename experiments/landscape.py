@@ -49,15 +49,14 @@ ROWS, SIDE, DIRECTIONS, SEEDS = 256, 9, 32, (0, 1, 2)
 class Loss:
     """A trained model's validation loss as a function of theta."""
 
-    def __init__(self, data_dir: str, method: str) -> None:
+    def __init__(self, args: argparse.Namespace, method: str) -> None:
         rate = glue.best_rate(method)
         if rate is None:
             raise SystemExit(f"{method} has no rate yet: run experiments.glue_table first")
-        output = Path("runs", "landscape", method)
-        command = ["--task", "stsb", "--method", method, *glue.BUDGET["stsb"], "--lr", f"{rate:g}"]
-        command += ["--data-dir", data_dir, "--output", str(output), "--resume"]
-        self.metric = train_glue.main(command)["median"]
+        results, command, output = glue.trained(args, "stsb", method, rate, 0)
+        self.metric = results["median"]
         args = train_glue.parser().parse_args(command)
+        rows = train_glue.read_data(args)[1][:ROWS]
         model = train_glue.load_adapter(args, output / "adapter.safetensors").eval()
         if method == "gpart":  # the plain path can be differentiated twice
             theta, manifest = model.gpart.theta.detach(), model.gpart.manifest
@@ -69,7 +68,6 @@ class Loss:
         else:
             self.theta = next(p for n, p in model.named_parameters() if "theta_d" in n)
         self.model, self.start = model, self.theta.detach().clone()
-        rows = train_glue.read_data(args)[1][:ROWS]
         tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
         bench = train_glue.Bench(
             args, train_glue.TASKS["stsb"], tokenizer, accelerate.Accelerator(cpu=True)
@@ -171,13 +169,14 @@ def plot(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
+    parser.add_argument("--work", default="runs/glue", help="folder of glue_table.py's runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     path = HERE / "results" / "landscape.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for method in METHODS:
         if method not in result:
-            result[method] = measure(Loss(args.data_dir, method))
+            result[method] = measure(Loss(args, method))
             result |= {m.__name__: m.__version__ for m in (torch, transformers)}
             result["device"] = f"CPU {platform.machine()}, 1 thread"
             path.write_text(json.dumps(result, indent=1) + "\n")

@@ -9,12 +9,22 @@ from typing import Any
 
 import mutants
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
 sys.path.insert(0, str(mutants.ROOT))
 import gpart
-from experiments import bench, decay, dimension, glue_table, landscape, peers, scaling
+from experiments import (
+    bench,
+    decay,
+    dimension,
+    glue_table,
+    landscape,
+    model_card,
+    peers,
+    scaling,
+)
 
 SOURCE = (mutants.ROOT / "gpart.py").read_text()
 RESULTS = Path(__file__).parent / "results"
@@ -199,3 +209,36 @@ def test_landscape_measures_how_far_weights_move() -> None:
         loss = landscape.Loss.__new__(landscape.Loss)
         loss.model, loss.theta, loss.start = net, g.theta, g.theta.detach().clone()
         assert loss.moved(landscape.unit(4, 0)) == pytest.approx(expected, rel=1e-3)
+
+
+# --- The model card ---
+def test_code_in_the_model_card_loads_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run as it stands in the pushed folder, it gives the model that was trained."""
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**settings, intermediate_size=16, vocab_size=9, num_labels=3)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    model = load(tmp_path / "base", num_labels=3).eval()
+    gpart.attach(model, 7, modules_to_save="classifier").theta.data.fill_(0.5)
+    model.classifier.weight.data.fill_(0.25)
+    gpart.save(model, tmp_path / "a.safetensors")
+    path = model_card.write(tmp_path / "a.safetensors", tmp_path / "folder", "mit")
+    text = path.read_text()
+    assert "license: mit" in text and "7 trained numbers move\n512 weights" in text
+    monkeypatch.chdir(tmp_path / "folder")
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    ids = torch.arange(8).view(2, 4)
+    assert torch.equal(scope["model"].eval()(ids).logits, model(ids).logits)
+
+
+def test_model_card_is_for_gpart_files_only(tmp_path: Path) -> None:
+    """Another file is refused by name, and nothing is written."""
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no")
+    for name, message in (("other.safetensors", "format None, not"), ("text", "no safetensors")):
+        with pytest.raises(SystemExit, match=message):
+            model_card.main([str(tmp_path / name), str(tmp_path / "folder")])
+    assert not (tmp_path / "folder").exists()
