@@ -16,6 +16,7 @@ import transformers
 sys.path.insert(0, str(mutants.ROOT))
 import gpart
 from experiments import (
+    algebra,
     bench,
     decay,
     dimension,
@@ -209,6 +210,47 @@ def test_landscape_measures_how_far_weights_move() -> None:
         loss = landscape.Loss.__new__(landscape.Loss)
         loss.model, loss.theta, loss.start = net, g.theta, g.theta.detach().clone()
         assert loss.moved(landscape.unit(4, 0)) == pytest.approx(expected, rel=1e-3)
+
+
+# --- Algebra ---
+@pytest.mark.parametrize("isometric", [True, False])
+@pytest.mark.parametrize(("N", "d", "k"), [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)])
+def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) -> None:
+    """theta in d groups and embedded in k d groups move every weight alike."""
+    coarse = gpart.Partition(N, d, seed=3, isometric=isometric)
+    fine = gpart.Partition(N, k * d, seed=3, isometric=isometric)
+    theta = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    embedded = algebra.embed(theta, coarse, fine)
+    torch.testing.assert_close(fine.expand(embedded), coarse.expand(theta))
+    if isometric:
+        torch.testing.assert_close(embedded, fine.reduce(coarse.expand(theta)))
+
+
+def test_other_gauge_has_the_same_update() -> None:
+    """(cB, A/c): equal to rounding, for powers of two bit for bit, and no factor entry is."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    peers.adapt(model, "lora", 0, ["0", "1"])
+    for p in model.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(p.numel()))
+    factors, update = algebra.lora_factors(model), algebra.lora_update(model)
+    algebra.regauge(model, 4.0)
+    assert not torch.isclose(algebra.lora_factors(model), factors).any()
+    for name, dw in algebra.lora_update(model).items():
+        assert torch.equal(dw, update[name]) and dw.norm() > 1
+    algebra.regauge(model, 0.3)
+    for name, dw in algebra.lora_update(model).items():
+        torch.testing.assert_close(dw, update[name])
+
+
+def test_updates_combine_linearly() -> None:
+    """combine sums what it is given, and a vector has every entry once."""
+    a = {"u": torch.ones(2, 2), "v": torch.zeros(3)}
+    b = {"u": torch.full((2, 2), 2.0), "v": torch.ones(3)}
+    total = algebra.vector(algebra.combine((0.5, a), (-1.0, b)))
+    assert torch.equal(total, torch.tensor([-1.5] * 4 + [-1.0] * 3).double())
+    result = algebra.compare(algebra.vector(a), algebra.vector(b))
+    assert result == pytest.approx({"distance": 7**0.5, "cosine": 8 / (4 * 19) ** 0.5})
 
 
 # --- The model card ---

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter algebra: theta is an exact coordinate of the weight update, LoRA's factors are not.
+
+    python -m experiments.algebra --data-dir glue              # a quarter of an hour after its runs
+
+all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py at their best
+rates, found in --work or trained (4 minutes each); metrics are on the validation set, in float32,
+each task with its own head. Updates are compared as vectors of all N adapted weights, in float64.
+
+    geometry   distances and cosines of four adapters (two tasks, two seeds) from theta alone and
+               from the updates; the same for LoRA, from (B, A) and from B A
+    combine    the mean of two seeds; the sum of two tasks; a task subtracted
+    project    P^T of full fine-tuning (GPart with d = N is that) and of a merged LoRA: how much of
+               the norm stays in d dimensions, and how much of the metric
+    nest       theta of d = 5,760 embedded in d = 23,040, which leaves the update as it is, and
+               trained on for 120 steps there, or where it was
+    gauge      (B, A) -> (cB, A/c): the same update, other factors (the paper's Appendix F)
+
+Writes results/algebra.json and results/algebra.md.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+
+import gpart
+import train_glue
+from experiments import glue_table as glue
+
+HERE = Path(__file__).resolve().parent
+Update = dict[str, torch.Tensor]  # {name: dW}
+COARSE, STEPS = 5760, 120
+
+
+# --- Updates as vectors ---
+def vector(update: Update) -> torch.Tensor:
+    return torch.cat([dw.flatten() for dw in update.values()]).double()  # [N]
+
+
+def combine(*terms: tuple[float, Update]) -> Update:
+    """The sum of factor * update."""
+    return {name: sum(c * update[name] for c, update in terms) for name in terms[0][1]}  # type: ignore[misc]
+
+
+def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Distance and cosine of two vectors, in float64."""
+    a, b = a.double(), b.double()
+    return {"distance": float((a - b).norm()), "cosine": float(a @ b / a.norm() / b.norm())}
+
+
+def lora_factors(model: Any) -> torch.Tensor:
+    """All entries of B and A as one vector."""
+    return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_" in n])
+
+
+def lora_update(model: Any) -> Update:
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    return {f"{n}.weight": m.get_delta_weight("default").detach() for n, m in layers.items()}
+
+
+@torch.no_grad()
+def regauge(model: Any, c: float) -> None:
+    """(B, A) -> (cB, A/c) in every layer."""
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.mul_(c if "lora_B" in name else 1 / c)
+
+
+def embed(theta: torch.Tensor, coarse: gpart.Partition, fine: gpart.Partition) -> torch.Tensor:
+    """theta of coarse in fine, whose groups divide its own: the same update (nesting).
+
+    theta_fine[j] / sqrt(n_fine[j]) = theta[j mod d] / sqrt(n[j mod d])
+    """
+    per_weight = (theta.double() * coarse.scale(dtype=torch.float64)).repeat(fine.d // coarse.d)
+    return per_weight / fine.scale(dtype=torch.float64)  # [k d]
+
+
+# --- Real adapters ---
+class Study:
+    """Trained adapters, and the metric of any update with a task's head."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.rates = {method: glue.best_rate(method) for method in ("gpart", "lora")}
+        if None in self.rates.values():
+            raise SystemExit("the rates are not known yet: run experiments.glue_table first")
+
+    def model(self, task: str, method: str, seed: int, d: int = glue.D) -> Any:
+        """A trained model, its step in weight space that of d = 23,040's best rate."""
+        rate = float(f"{self.rates[method] * math.sqrt(glue.D / d):.3g}")
+        _, command, output = glue.trained(self.args, task, method, rate, seed, d)
+        self.settings = train_glue.parser().parse_args(command)
+        return train_glue.load_adapter(self.settings, output / "adapter.safetensors").eval()
+
+    def bench(self, task: str) -> tuple[train_glue.Bench, Any, Any]:
+        """What encodes and evaluates, the training rows, the validation rows."""
+        command = ["--task", task, "--data-dir", self.args.data_dir, "--max-length", "64"]
+        args = train_glue.parser().parse_args(command)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
+        accelerator = accelerate.Accelerator(cpu=True)
+        rows, test_rows, _ = train_glue.read_data(args)
+        train_rows, _ = train_glue.split(rows, args.split_seed, None)
+        return (
+            train_glue.Bench(args, train_glue.TASKS[task], tokenizer, accelerator),
+            train_rows,
+            test_rows,
+        )
+
+    def metric(self, task: str, update: Update | None, head: Update) -> float:
+        """The validation metric of the pretrained weights plus update, with that head."""
+        bench, _, test_rows = self.bench(task)
+        bench.args.method = "head"
+        model = train_glue.build(bench.args, seed=0)
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, dw in (update or {}).items():
+                own[name] += dw.float()
+            for name, value in head.items():
+                own[name].copy_(value)
+        return bench.evaluate(model, test_rows)
+
+
+def head_of(model: Any) -> Update:
+    named = model.named_parameters()
+    return {n: p.detach().clone() for n, p in named if train_glue.is_head(model, n)}
+
+
+def detached(update: Update) -> Update:
+    return {name: dw.detach() for name, dw in update.items()}
+
+
+# --- The measurements ---
+def geometry(study: Study) -> dict[str, Any]:
+    runs = [(task, seed) for task in ("stsb", "sst2") for seed in (0, 1)]
+    result: dict[str, Any] = {}
+    for method in ("gpart", "lora"):
+        points, updates = {}, {}
+        for task, seed in runs if method == "gpart" else runs[:2]:
+            model = study.model(task, method, seed)
+            points[f"{task} {seed}"] = (
+                model.gpart.theta.detach() if method == "gpart" else lora_factors(model).detach()
+            )
+            updates[f"{task} {seed}"] = vector(
+                detached(model.gpart.delta()) if method == "gpart" else lora_update(model)
+            )
+        names = [*points]
+        result[method] = {
+            f"{a} to {b}": {
+                "coordinates": compare(points[a], points[b]),
+                "update": compare(updates[a], updates[b]),
+            }
+            for i, a in enumerate(names)
+            for b in names[i + 1 :]
+        }
+    return result
+
+
+def arithmetic(study: Study) -> dict[str, Any]:
+    updates, heads = {}, {}
+    for task in ("stsb", "sst2"):
+        for seed in (0, 1):
+            model = study.model(task, "gpart", seed)
+            updates[task, seed] = detached(model.gpart.delta())
+            heads[task, seed] = head_of(model)
+    result: dict[str, Any] = {}
+    both = [(1.0, updates["stsb", 0]), (1.0, updates["sst2", 0])]
+    for task in ("stsb", "sst2"):
+        head = heads[task, 0]
+        mean = combine((0.5, updates[task, 0]), (0.5, updates[task, 1]))
+        mean_head = combine((0.5, head), (0.5, heads[task, 1]))
+        rows = {
+            "seed 0": (updates[task, 0], head),
+            "seed 1": (updates[task, 1], heads[task, 1]),
+            "mean of both seeds, heads too": (mean, mean_head),
+            "head of seed 0 alone": (None, head),
+            "sum of both tasks": (combine(*both), head),
+            "half the sum of both tasks": (combine(*((0.5, u) for _, u in both)), head),
+            "subtracted": (combine((-1.0, updates[task, 0])), head),
+        }
+        result[task] = {name: study.metric(task, *row) for name, row in rows.items()}
+    return result
+
+
+def project(study: Study) -> dict[str, Any]:
+    full, lora = study.model("stsb", "gpart", 0, glue.N), study.model("stsb", "lora", 0)
+    sources = {
+        "full fine-tuning of query and value": (detached(full.gpart.delta()), head_of(full)),
+        "merged LoRA": (lora_update(lora), head_of(lora)),
+    }
+    sizes = (1440, glue.D, 368640)
+    result: dict[str, Any] = {}
+    for source, (update, head) in sources.items():
+        result[source] = {"all of it": {"norm": 1.0, "metric": study.metric("stsb", update, head)}}
+        result[source]["none of it"] = {"norm": 0.0, "metric": study.metric("stsb", None, head)}
+        for d in sizes:
+            study.settings.d, study.settings.method = d, "gpart"
+            g = train_glue.build(study.settings, seed=0).gpart
+            g.theta.data.copy_(g.project(update))
+            near = detached(g.delta())
+            kept = float(vector(near).norm() / vector(update).norm())
+            metric = study.metric("stsb", near, head)
+            result[source][f"d = {d:,}"] = {"norm": kept, "metric": metric}
+            result[source][f"d = {d:,}"]["sqrt(d/N)"] = math.sqrt(d / glue.N)
+    return result
+
+
+def go_on(model: Any, bench: train_glue.Bench, rows: Any, lr: float) -> None:
+    """STEPS more steps as train_glue.py takes them, from another order of the rows."""
+    groups = [
+        {"params": [model.gpart.theta], "lr": lr, "weight_decay": 0.1},
+        {"params": [*train_glue.trainable(model, head=True).values()], "lr": 1e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 7, STEPS)
+    torch.manual_seed(1)  # of the dropout
+    for chosen in train_glue.batches(len(rows), 32, STEPS, seed=1):
+        model.train()
+        model(**bench.encode([rows[i] for i in chosen])).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def nest(study: Study) -> dict[str, Any]:
+    bench, train_rows, _ = study.bench("stsb")
+    coarse = study.model("stsb", "gpart", 0, COARSE)
+    before, head = detached(coarse.gpart.delta()), head_of(coarse)
+    study.settings.d = glue.D
+    fine = train_glue.build(study.settings, seed=0)
+    own = dict(fine.named_parameters())
+    with torch.no_grad():
+        for name, value in head.items():
+            own[name].copy_(value)
+        theta = embed(coarse.gpart.theta, coarse.gpart.partition, fine.gpart.partition)
+        fine.gpart.theta.copy_(theta)
+    after = detached(fine.gpart.delta())
+    off = float((vector(after) - vector(before)).norm() / vector(before).norm())
+    result: dict[str, Any] = {"update changed by": off}
+    result["before"] = study.metric("stsb", before, head)
+    result["embedded"] = study.metric("stsb", after, head_of(fine))
+    for model, d in ((coarse, COARSE), (fine, glue.D)):
+        assert study.rates["gpart"] is not None
+        go_on(model, bench, train_rows, study.rates["gpart"] * math.sqrt(glue.D / d))
+        metric = study.metric("stsb", detached(model.gpart.delta()), head_of(model))
+        result[f"{STEPS} steps more at d = {d:,}"] = metric
+    return result
+
+
+def gauge(study: Study) -> dict[str, Any]:
+    model = study.model("stsb", "lora", 0)
+    start, update = lora_factors(model).detach().clone(), vector(lora_update(model))
+    result = {}
+    for c in (0.1, 10.0):
+        regauge(model, c)
+        moved = {"factors": compare(start, lora_factors(model))}
+        moved["update"] = compare(update, vector(lora_update(model)))
+        result[f"c = {c:g}"] = moved
+        regauge(model, 1 / c)
+    result["norms"] = {"factors": float(start.double().norm()), "update": float(update.norm())}
+    return result
+
+
+PARTS: dict[str, Callable[[Study], dict[str, Any]]] = {
+    "geometry": geometry,
+    "combine": arithmetic,
+    "project": project,
+    "nest": nest,
+    "gauge": gauge,
+}
+
+
+def render(results: dict[str, Any]) -> str:
+    """results/algebra.md."""
+    lines = ["# Adapter algebra", "", "`python -m experiments.algebra --data-dir glue`"]
+    lines[-1] += f", torch {results['torch']}, {results['device']}; one run each."
+    for method, what in (("gpart", "theta"), ("lora", "(B, A)")):
+        lines += ["", f"## Geometry: {glue.NAMES[method]}", ""]
+        lines += [f"| | distance of {what} | of the updates | cosine of {what} | of the updates |"]
+        lines += ["|---|---|---|---|---|"]
+        for pair, both in results["geometry"][method].items():
+            a, b = both["coordinates"], both["update"]
+            cells = [f"{x[key]:.6f}" for key in ("distance", "cosine") for x in (a, b)]
+            lines.append(f"| {pair} | {' | '.join(cells)} |")
+    lines += ["", "## Combine", "", "| | STS-B (Pearson) | SST-2 (accuracy) |", "|---|---|---|"]
+    for name, value in results["combine"]["stsb"].items():
+        lines.append(f"| {name} | {value:.3f} | {results['combine']['sst2'][name]:.3f} |")
+    lines += ["", "## Project onto d dimensions (STS-B)", ""]
+    lines += ["| of | onto | norm kept | sqrt(d/N) | Pearson |", "|---|---|---|---|---|"]
+    for source, rows in results["project"].items():
+        for name, row in rows.items():
+            chance = f"{row['sqrt(d/N)']:.3f}" if "sqrt(d/N)" in row else ""
+            lines.append(
+                f"| {source} | {name} | {row['norm']:.3f} | {chance} | {row['metric']:.3f} |"
+            )
+    lines += ["", f"## Nest: d = {COARSE:,} in d = {glue.D:,} (STS-B)", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value:.3g} |" for name, value in results["nest"].items()]
+    lines += ["", "## Gauge: (B, A) -> (cB, A/c)", ""]
+    lines += ["| | factors moved by, of their norm | their cosine | update moved by, of its norm |"]
+    lines += ["|---|---|---|---|"]
+    norms = results["gauge"]["norms"]
+    for c in ("c = 0.1", "c = 10"):
+        row = results["gauge"][c]
+        moved = {key: row[key]["distance"] / norms[key] for key in norms}
+        cells = (moved["factors"], row["factors"]["cosine"], moved["update"])
+        lines.append(f"| {c} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
+    parser.add_argument("--work", default="runs/glue", help="folder of glue_table.py's runs")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    path = HERE / "results" / "algebra.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    study = Study(args)
+    for name, part in PARTS.items():
+        if name not in results:
+            results[name] = part(study)
+            results |= {m.__name__: m.__version__ for m in (torch, transformers)}
+            results["device"] = f"CPU {platform.machine()}, 1 thread"
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, flush=True)
+    text = render(results)
+    (HERE / "results" / "algebra.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
