@@ -26,7 +26,7 @@ SMALL = ["--max-steps", "8", "--accumulation", "2", "--d", "128", "--target-modu
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer of bytes, and the sums as GSM8K would have them."""
-    folder = tmp_path_factory.mktemp("math")
+    folder = tmp_path_factory.mktemp("math") / "tiny"
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([], vocab_size=300, special_tokens=["<end>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -155,10 +155,10 @@ def test_every_method_learns_and_is_not_run_again(folder: Path, capsys: Any) -> 
     first = [line.split(" | ")[0] for line in text.splitlines()[2:]]
     assert first == ["| pretrained", "| gpart", "| unilora", "| lora"]
     runs = json.loads((folder / "out.json").read_text())["runs"]
-    before = runs["none"]["sums"]["loss"]
+    before = runs["none"]["tiny/sums"]["loss"]
     for method in train_math.METHODS:
         one = runs[f"{method}-lr0.05-seed0"]
-        assert one["sums"]["loss"] < before - 0.01 and one["sums"]["exact match"] == 0
+        assert one["tiny/sums"]["loss"] < before - 0.01 and one["tiny/sums"]["exact match"] == 0
         assert one["trainable"] == 128
     capsys.readouterr()
     assert train_math.main(command(folder, *more)) == text

@@ -48,7 +48,7 @@ from experiments import peers
 HERE = Path(__file__).resolve().parent
 SMOLLM, GGUF = "HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("gpart", "unilora", "lora")
-LR = {"gpart": 2e-4, "unilora": 2e-4, "lora": 2e-4}  # where the search begins; Table 7's
+LR = {"gpart": 2e-4, "unilora": 2e-4, "lora": 2e-4}  # Table 7's, where the search begins
 COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"))
 PROMPT = "Question: {}\nAnswer:"
 PAPER = {
@@ -79,6 +79,11 @@ def read(name: str, split: str) -> list[Row]:
         allowed = " or ".join("/".join(pair) for pair in COLUMNS)
         raise ValueError(f"{name} has {got}: its columns must be {allowed}")
     return [(row[pair[0]], re.sub(r"<<.*?>>", "", row[pair[1]])) for row in rows]  # GSM8K's sums
+
+
+def label(name: str) -> str:
+    """What results call a data set: its name on the hub, or the end of its path."""
+    return "/".join(Path(name).with_suffix("").parts[-2:])
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[dict[str, list[int]]]:
@@ -390,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     transformers.logging.disable_progress_bar()
     try:
         rows = read(args.train, "train")
-        test_rows = {Path(name).stem: read(name, "test") for name in args.test}
+        test_rows = {label(name): read(name, "test") for name in args.test}
         bench = Bench(args)
         plain = build(args, "none", 0)
         if args.d is None:
@@ -398,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             args.d = (524288 if large else 131072) if args.paper else 115200
         keep = ("output", "work", "methods", "seeds", "lr", "save_steps", "device")
         settings = {key: value for key, value in vars(args).items() if key not in keep}
-        settings |= {"train": Path(args.train).stem, "test": [*test_rows]}
+        settings |= {"train": label(args.train), "test": [*test_rows]}
         record = Record(args.output, settings)
         encoded = encode(bench.tokenizer, rows, args.max_length)
         train, dev = encoded[64:][: args.train_rows], encoded[:64]
