@@ -17,6 +17,7 @@ BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", flags=re.DOT
 
 
 def main() -> int:
+    sys.path.insert(0, str(ROOT))
     readme = (ROOT / "README.md").read_text()
     count = failed = 0
     for section in re.split("^## ", readme, flags=re.MULTILINE):

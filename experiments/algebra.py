@@ -3,9 +3,11 @@
 
     python -m experiments.algebra --data-dir glue              # a quarter of an hour after its runs
 
-all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py at their best
-rates, found in --work or trained (4 minutes each); metrics are on the validation set, in float32,
-each task with its own head. Updates are compared as vectors of all N adapted weights, in float64.
+all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py, which run
+before, at their best rates by the dev split: found in --work or trained again (4 minutes each).
+Metrics are on the validation set, in float32, each task with its own head. Updates are compared as
+vectors of all N adapted weights, in float64. One run each; the two seeds of a task differ in the
+order of the data, for LoRA in where A starts, too.
 
     geometry   distances and cosines of four adapters (two tasks, two seeds) from theta alone and
                from the updates; the same for LoRA, from (B, A) and from B A
@@ -20,6 +22,7 @@ Writes results/algebra.json and results/algebra.md.
 """
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -33,6 +36,7 @@ import transformers
 
 import gpart
 import train_glue
+from experiments import dimension
 from experiments import glue_table as glue
 
 HERE = Path(__file__).resolve().parent
@@ -58,7 +62,7 @@ def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 
 def lora_factors(model: Any) -> torch.Tensor:
     """All entries of B and A as one vector."""
-    return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_" in n])
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n])
 
 
 def lora_update(model: Any) -> Update:
@@ -89,17 +93,26 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.rates = {method: glue.best_rate(method) for method in ("gpart", "lora")}
-        if None in self.rates.values():
+
+    def rate(self, method: str, d: int) -> float:
+        """glue_table.py's best; for another d the better of dimension.py's two."""
+        if (best := glue.best_rate(method)) is None:
             raise SystemExit("the rates are not known yet: run experiments.glue_table first")
+        if d == glue.D:
+            return best
+        rates = [dict(dimension.points(curve))[d] for curve in ("fixed", "scaled")]
+        devs = [glue.dev("stsb", method, rate, d) for rate in rates]
+        if None in devs:
+            raise SystemExit(f"d = {d} has no rate yet: run experiments.dimension first")
+        return max(zip(devs, rates, strict=True))[1]
 
     def model(self, task: str, method: str, seed: int, d: int = glue.D) -> Any:
-        """A trained model, its step in weight space that of d = 23,040's best rate."""
-        rate = float(f"{self.rates[method] * math.sqrt(glue.D / d):.3g}")
-        _, command, output = glue.trained(self.args, task, method, rate, seed, d)
+        """A trained model."""
+        _, command, output = glue.trained(self.args, task, method, self.rate(method, d), seed, d)
         self.settings = train_glue.parser().parse_args(command)
         return train_glue.load_adapter(self.settings, output / "adapter.safetensors").eval()
 
+    @functools.cache  # noqa: B019  one study for the whole program
     def bench(self, task: str) -> tuple[train_glue.Bench, Any, Any]:
         """What encodes and evaluates, the training rows, the validation rows."""
         command = ["--task", task, "--data-dir", self.args.data_dir, "--max-length", "64"]
@@ -143,10 +156,10 @@ def geometry(study: Study) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for method in ("gpart", "lora"):
         points, updates = {}, {}
-        for task, seed in runs if method == "gpart" else runs[:2]:
+        for task, seed in runs:
             model = study.model(task, method, seed)
             points[f"{task} {seed}"] = (
-                model.gpart.theta.detach() if method == "gpart" else lora_factors(model).detach()
+                model.gpart.theta.detach() if method == "gpart" else lora_factors(model)
             )
             updates[f"{task} {seed}"] = vector(
                 detached(model.gpart.delta()) if method == "gpart" else lora_update(model)
@@ -247,8 +260,7 @@ def nest(study: Study) -> dict[str, Any]:
     result["before"] = study.metric("stsb", before, head)
     result["embedded"] = study.metric("stsb", after, head_of(fine))
     for model, d in ((coarse, COARSE), (fine, glue.D)):
-        assert study.rates["gpart"] is not None
-        go_on(model, bench, train_rows, study.rates["gpart"] * math.sqrt(glue.D / d))
+        go_on(model, bench, train_rows, study.rate("gpart", d))
         metric = study.metric("stsb", detached(model.gpart.delta()), head_of(model))
         result[f"{STEPS} steps more at d = {d:,}"] = metric
     return result
@@ -256,7 +268,7 @@ def nest(study: Study) -> dict[str, Any]:
 
 def gauge(study: Study) -> dict[str, Any]:
     model = study.model("stsb", "lora", 0)
-    start, update = lora_factors(model).detach().clone(), vector(lora_update(model))
+    start, update = lora_factors(model).clone(), vector(lora_update(model))
     result = {}
     for c in (0.1, 10.0):
         regauge(model, c)

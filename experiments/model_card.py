@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder that is ready to be pushed: the adapter, and a model card that says how to use it.
 
-    python -m experiments.model_card adapter.safetensors FOLDER --license apache-2.0
+    python -m experiments.model_card adapter.safetensors FOLDER --auto-class AutoModelForCausalLM
     hf upload you/your-adapter FOLDER     # yours to run: the script itself uploads nothing
 
 Everything in the card comes from the adapter file, and from results.json of train_glue.py if
@@ -61,67 +61,80 @@ gpart.merge(model)  # optional: the plain model's speed; gpart.unmerge takes it 
 Which data was it trained on, what is it for, where does it fail? (The author's to answer.)
 """
 
+QUESTION = "How was it trained? (The author's to answer.)"
+
 
 def write(
-    adapter: Path, folder: Path, license: str | None = None, results: str = "", auto: str = ""
+    adapter: Path,
+    folder: Path,
+    auto: str,
+    num_labels: int | None = None,
+    license: str | None = None,
+    results: str = "",
 ) -> Path:
     """Copy adapter into folder and write README.md beside it; the path of the card.
 
-    ValueError if adapter is no GPart file; what is wrong with a damaged one, load says.
+    auto names transformers' class of the model, num_labels is for a classifier. ValueError if
+    adapter is no whole GPart file, or the folder has a README.md that is no such card.
     """
     try:
         with safetensors.safe_open(adapter, framework="pt") as f:
-            metadata, tensors = f.metadata() or {}, [*f.keys()]
-            shapes = {name: f.get_slice(name).get_shape() for name in tensors}
+            metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in [*f.keys()]}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{adapter} is no safetensors file: {error}") from None
     if metadata.get("format") != gpart.FORMAT:
         raise ValueError(f"{adapter} has format {metadata.get('format')}, not {gpart.FORMAT}")
+    sha256 = metadata.pop("sha256", None)
+    if sha256 != gpart._digest(metadata, tensors):
+        raise ValueError(f"{adapter} is damaged: its sha256 is wrong")
+    path = folder / "README.md"
+    if path.exists() and "library_name: gpart" not in path.read_text():
+        raise ValueError(f"{path} exists and is no model card of GPart: name another folder")
     names = [name for name, _ in json.loads(metadata["manifest"])]
-    heads = [name for name in tensors if name != "theta"]
+    heads = sorted(tensors.keys() - {"theta"})
     base = metadata["base_model_name_or_path"]
-    outputs = [shapes[name][0] for name in heads if name.endswith(".weight")]
-    run = json.loads(Path(results).read_text()) if results else None
+    base = "" if Path(base).is_absolute() else base  # a folder of this machine
     card = huggingface_hub.ModelCard.from_template(
         huggingface_hub.ModelCardData(
             base_model=base or None, library_name="gpart", license=license, tags=["gpart"]
         ),
         template_str=TEMPLATE,
         title=folder.resolve().name,
-        base=base or "the base model",
-        **{key: metadata[key] for key in ("d", "N", "seed", "isometric", "format", "sha256")},
+        base=base or "THE-BASE-MODEL",
+        **{key: metadata[key] for key in ("d", "N", "seed", "isometric", "format")},
+        sha256=sha256,
         version=metadata["gpart_version"],
         matrices=len(names),
         first=names[0],
         last=names[-1],
         heads=len(heads),
         head=heads[0] if heads else "",
-        auto=auto or ("AutoModelForSequenceClassification" if heads else "AutoModel"),
-        labels=f", num_labels={outputs[-1]}" if outputs else "",
+        auto=auto,
+        labels="" if num_labels is None else f", num_labels={num_labels}",
         file=adapter.name,
-        training=train_glue.table(run) if run else "How was it trained? (The author's to answer.)",
+        training=train_glue.table(json.loads(Path(results).read_text())) if results else QUESTION,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(adapter, folder / adapter.name)
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    if adapter.resolve() != (folder / adapter.name).resolve():
+        shutil.copy(adapter, folder / adapter.name)
+    card.save(path)
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("adapter", type=Path, help="file written by gpart.save")
     parser.add_argument("folder", type=Path, help="where adapter and card go")
+    parser.add_argument(
+        "--auto-class", required=True, help="such as AutoModelForCausalLM: what loads the model"
+    )
+    parser.add_argument("--num-labels", type=int, help="of a classifier")
     parser.add_argument("--license", help="of the adapter, such as apache-2.0")
     parser.add_argument("--results", default="", help="results.json of train_glue.py")
-    parser.add_argument(
-        "--auto-class",
-        default="",
-        help="transformers' class of the model, such as AutoModelForCausalLM (without a trained "
-        "head AutoModel, with one AutoModelForSequenceClassification)",
-    )
     args = parser.parse_args(argv)
     try:
-        print(write(args.adapter, args.folder, args.license, args.results, args.auto_class))
+        given = (args.auto_class, args.num_labels, args.license, args.results)
+        print(write(args.adapter, args.folder, *given))
     except (ValueError, OSError) as error:
         sys.exit(f"model_card: error: {error}")
 

@@ -58,7 +58,7 @@ def test_lesson_runs_and_prints_what_is_committed(
         texts = printed(new), printed(old)
         assert NUMBER.sub("#", texts[0]) == NUMBER.sub("#", texts[1])
         a, b = (torch.tensor([float(x) for x in NUMBER.findall(text)]) for text in texts)
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.01)
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.001)
 
 
 def test_lesson_is_committed_as_it_ran() -> None:

@@ -15,6 +15,7 @@ import transformers
 
 sys.path.insert(0, str(mutants.ROOT))
 import gpart
+import train_glue
 from experiments import (
     algebra,
     bench,
@@ -243,6 +244,45 @@ def test_other_gauge_has_the_same_update() -> None:
         torch.testing.assert_close(dw, update[name])
 
 
+@pytest.mark.slow
+def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters of one step on the toy tasks already obey the laws that the results are about."""
+    read_data = train_glue.read_data
+
+    def few(args: Any) -> Any:
+        train, test, source = read_data(args)
+        return train[:100], test[:20], source
+
+    monkeypatch.setattr(train_glue, "read_data", few)
+    short = {task: ["--max-steps", "1", "--max-length", "16"] for task in glue_table.BUDGET}
+    monkeypatch.setattr(glue_table, "BUDGET", short)
+    monkeypatch.setattr(glue_table, "best_rate", {"gpart": 0.01, "lora": 0.01}.get)
+    monkeypatch.setattr(glue_table, "dev", lambda task, method, rate, d: -rate)
+    monkeypatch.setattr(algebra, "HERE", tmp_path)
+    monkeypatch.setattr(algebra, "STEPS", 1)
+    (tmp_path / "results").mkdir()
+    command = ["algebra", "--data-dir", str(mutants.ROOT / "toy_glue"), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    algebra.main()
+    found = json.loads((tmp_path / "results" / "algebra.json").read_text())
+    assert len(found["geometry"]["gpart"]) == len(found["geometry"]["lora"]) == 6
+    for pair in found["geometry"]["gpart"].values():
+        assert pair["coordinates"] == pytest.approx(pair["update"], rel=1e-6, abs=1e-6)
+    for pair in found["geometry"]["lora"].values():
+        assert pair["coordinates"]["distance"] > 2 * pair["update"]["distance"] > 0
+    for rows in found["project"].values():
+        for row in [row for row in rows.values() if "sqrt(d/N)" in row]:
+            assert 0 < row["norm"] < 0.6
+        assert rows["d = 1,440"]["norm"] < rows["d = 368,640"]["norm"]
+    assert found["nest"]["update changed by"] < 1e-6
+    assert found["nest"]["embedded"] == pytest.approx(found["nest"]["before"], abs=0.02)
+    assert found["gauge"]["c = 10"]["factors"]["distance"] > 1
+    assert found["gauge"]["c = 10"]["update"]["distance"] < 1e-5 * found["gauge"]["norms"]["update"]
+    monkeypatch.setattr(algebra, "PARTS", dict.fromkeys(algebra.PARTS))  # nothing is run again
+    algebra.main()
+    assert "## Gauge" in (tmp_path / "results" / "algebra.md").read_text()
+
+
 def test_updates_combine_linearly() -> None:
     """combine sums what it is given, and a vector has every entry once."""
     a = {"u": torch.ones(2, 2), "v": torch.zeros(3)}
@@ -254,33 +294,66 @@ def test_updates_combine_linearly() -> None:
 
 
 # --- The model card ---
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+CARDS = {  # class of the model: its configuration, targets, head, number of labels
+    "AutoModelForSequenceClassification": (
+        transformers.DistilBertConfig(
+            dim=16, hidden_dim=16, n_layers=1, n_heads=2, vocab_size=9, num_labels=3
+        ),
+        ["q_lin", "v_lin"],
+        ["pre_classifier", "classifier"],
+        3,
+    ),
+    "AutoModelForCausalLM": (
+        transformers.LlamaConfig(**TINY, intermediate_size=16),
+        ["q_proj", "v_proj"],
+        [],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("auto", CARDS)
 def test_code_in_the_model_card_loads_the_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    auto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run as it stands in the pushed folder, it gives the model that was trained."""
-    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.BertConfig(**settings, intermediate_size=16, vocab_size=9, num_labels=3)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
-    load = transformers.AutoModelForSequenceClassification.from_pretrained
-    model = load(tmp_path / "base", num_labels=3).eval()
-    gpart.attach(model, 7, modules_to_save="classifier").theta.data.fill_(0.5)
-    model.classifier.weight.data.fill_(0.25)
-    gpart.save(model, tmp_path / "a.safetensors")
-    path = model_card.write(tmp_path / "a.safetensors", tmp_path / "folder", "mit")
+    config, targets, heads, labels = CARDS[auto]
+    more = {} if labels is None else {"num_labels": labels}
+    load = getattr(transformers, auto).from_pretrained
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = load("base", **more).eval()
+    model.name_or_path = "../base"
+    gpart.attach(model, 7, target_modules=targets, modules_to_save=heads).theta.data.fill_(0.5)
+    for head in heads:
+        model.get_submodule(head).weight.data.fill_(0.25)
+    gpart.save(model, "a.safetensors")
+    for _ in range(2):  # a card may be written anew
+        path = model_card.write(Path("a.safetensors"), Path("folder"), auto, labels, "mit")
     text = path.read_text()
     assert "license: mit" in text and "7 trained numbers move\n512 weights" in text
-    monkeypatch.chdir(tmp_path / "folder")
+    monkeypatch.chdir("folder")
     scope: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
     ids = torch.arange(8).view(2, 4)
     assert torch.equal(scope["model"].eval()(ids).logits, model(ids).logits)
 
 
-def test_model_card_is_for_gpart_files_only(tmp_path: Path) -> None:
-    """Another file is refused by name, and nothing is written."""
-    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+def test_model_card_is_for_whole_gpart_files_only(tmp_path: Path) -> None:
+    """Another file is refused by name, a README.md that is there stays, nothing is written."""
+    gpart.attach(net := torch.nn.Sequential(torch.nn.Linear(4, 4)), 3, target_modules="0")
+    gpart.save(net, tmp_path / "good")
+    damaged = bytearray((tmp_path / "good").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other")
     (tmp_path / "text").write_text("no")
-    for name, message in (("other.safetensors", "format None, not"), ("text", "no safetensors")):
+    (tmp_path / "README.md").write_text("a project")
+    messages = {"other": "format None, not", "text": "no safetensors", "damaged": "sha256 is wrong"}
+    for name, message in messages.items():
         with pytest.raises(SystemExit, match=message):
-            model_card.main([str(tmp_path / name), str(tmp_path / "folder")])
-    assert not (tmp_path / "folder").exists()
+            model_card.main([str(tmp_path / name), str(tmp_path / "new"), "--auto-class", "X"])
+    with pytest.raises(SystemExit, match="exists and is no model card"):
+        model_card.main([str(tmp_path / "good"), str(tmp_path), "--auto-class", "X"])
+    assert (tmp_path / "README.md").read_text() == "a project" and not (tmp_path / "new").exists()

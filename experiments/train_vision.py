@@ -15,25 +15,23 @@ starts at random, as on new classes; the partition's seed is 0 in all runs.
 
 With --model, --data names one of the paper's eight data sets, another one of the hub (OWNER/NAME),
 or a folder. The recipe is that of the ViT script in the paper's public code (20 epochs, 256 rows a
-step, warmup over 40 % of the steps, weight decay 0.01, head lr 3e-3, d 72,000; 144,000 for
-ViT-large), but images go through the model's own processor without augmentation, and theta's lr is
-5e-3, that of Table 6. The paper's Table 8, which has the learning rates for each data set, was not
-at hand; the default of that script is 4e-3 (--lr).
+step, warmup over 40 % of the steps, weight decay 0.01, head lr 3e-3, d 72,000), but images go
+through the model's own processor without augmentation, and theta's lr is 5e-3, that of Table 6. The
+paper's Table 8, which has the learning rates for each data set, was not at hand; the default of
+that script is 4e-3 (--lr).
 
 Every run is checked: the best checkpoint is what was evaluated, merged weights classify as the
-attached ones, and so does the adapter loaded from its file into a fresh model. One process and one
-device: with several GPUs, set CUDA_VISIBLE_DEVICES. Adapters, checkpoints and the pretrained
-weights are in runs/vision, finished runs in the results file (--output), where none is run again;
-a killed one goes on from its last checkpoint.
+attached ones, and so does the adapter loaded from its file into a fresh model. For the digits the
+table also has the best that a head can do on the frozen features, logistic regression trained to
+the end. One process and one device. Adapters, checkpoints and the pretrained weights are in
+runs/vision, finished runs in the results file (--output), where none is run again; a killed one
+goes on from its last checkpoint.
 """
 
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import math
-import platform
 import shutil
 import statistics
 import sys
@@ -49,11 +47,12 @@ import safetensors.torch
 import torch
 import transformers
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import gpart
 import train_glue
-from experiments import peers
+from experiments import peers, runs
 
 HERE = Path(__file__).resolve().parent
 # The paper's eight: hub id and label. The ids are those of its public code, but for DTD (there an
@@ -186,7 +185,7 @@ def load(auto: Any, path: str, name: str, **settings: Any) -> Any:
     """What auto finds of a model in path; ValueError in one line."""
     try:
         return auto.from_pretrained(path, **settings)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         why, hint = str(error).splitlines()[0], "--model takes a name on the hub, or a folder"
         raise ValueError(f"cannot load the model {name!r}: {why} ({hint})") from None
 
@@ -223,16 +222,12 @@ def build(job: Job, method: str, seed: int) -> Any:
 
 def trained(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
     """The parameters that train: all, the head's, or (head=False) the others."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {n: p for n, p in named.items() if head in (None, n.startswith("classifier."))}
-
-
-def save_trained(model: Any, path: Path) -> None:
-    safetensors.torch.save_file({n: p.detach().cpu() for n, p in trained(model).items()}, path)
+    named = runs.trained(model).items()
+    return {n: p for n, p in named if head in (None, n.startswith("classifier."))}
 
 
 def save_adapter(model: Any, path: Path) -> None:
-    (gpart.save if hasattr(model, "gpart") else save_trained)(model, path)
+    (gpart.save if hasattr(model, "gpart") else runs.save_trained)(model, path)
 
 
 def load_adapter(job: Job, method: str, path: Path) -> Any:
@@ -251,13 +246,8 @@ def load_adapter(job: Job, method: str, path: Path) -> Any:
 
 
 # --- Training ---
-class Trainer(transformers.Trainer):
-    """transformers' own, with a learning rate for the head, and checkpoints of what is trained.
-
-    GPart does with the inherited _save too. PEFT's methods, inserted into a ViT, do not: it writes
-    the names of transformers 4, and what reads them back skips those it does not know, with a line
-    in the log; Uni-LoRA's vector is shared by several modules, which safetensors refuses.
-    """
+class Trainer(runs.Trainer):
+    """transformers' own, with checkpoints of what is trained, and a learning rate for the head."""
 
     def __init__(self, *args: Any, rates: tuple[float, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -271,11 +261,6 @@ class Trainer(transformers.Trainer):
             ]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.model, folder / "model.safetensors")
 
 
 def accuracy(output: Any) -> dict[str, float]:
@@ -305,7 +290,7 @@ def prepare_trainer(
         weight_decay=recipe["weight_decay"],
         warmup_steps=round(WARMUP * steps),  # then linearly down to zero
         bf16=recipe["bf16"],
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         seed=seed,
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -333,17 +318,10 @@ def prepare_trainer(
     return trainer
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole one: trainer_state.json is what Trainer writes last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return newest and str(newest)
-
-
 def fit(trainer: Trainer) -> float:
     """Train, on from the last checkpoint if there is one, and leave the model at its best epoch.
     Returns that epoch's dev accuracy; RuntimeError if the restored model has another."""
-    trainer.train(resume_from_checkpoint=last_checkpoint(Path(trainer.args.output_dir)))
+    trainer.train(resume_from_checkpoint=runs.last_checkpoint(Path(trainer.args.output_dir)))
     dev, best = trainer.evaluate()["eval_accuracy"], trainer.state.best_metric
     if dev != best:
         raise RuntimeError(f"dev accuracy was {best} at the best checkpoint, restored it is {dev}")
@@ -374,18 +352,13 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
     result["step"] = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    cuda, cpu = torch.cuda.is_available(), f"CPU {platform.machine()}"
-    threads = "" if cuda else f", {torch.get_num_threads()} threads"
-    modules = ("torch", "transformers", *(["peft"] if method in peers.METHODS else []))
-    result["versions"] = {module: importlib.metadata.version(module) for module in modules}
-    result["device"] = (torch.cuda.get_device_name() if cuda else cpu) + threads
     return result | {"minutes": round((time.monotonic() - began) / 60, 2)}
 
 
 # --- The job ---
 def pretrain(work: Path) -> Path:
     """The folder of the small ViT, trained whole on the upright digits: once for these settings."""
-    folder = work / f"digits-vit-{digest(PRETRAIN)}"
+    folder = work / f"digits-vit-{runs.digest(PRETRAIN)}"
     if not folder.exists():
         print("pretraining on the upright digits", flush=True)
         torch.manual_seed(PRETRAIN["seed"])
@@ -400,9 +373,27 @@ def pretrain(work: Path) -> Path:
     return folder
 
 
+def linear_head(job: Job) -> dict[str, float]:
+    """The best head on the frozen features: logistic regression to the end, its penalty by dev."""
+    model, seen = base(job), list[torch.Tensor]()
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    trainer = prepare_trainer(model, job.splits, vars(job.args), job.work)
+    x, y = {}, {}
+    for part, rows in job.splits.items():
+        y[part] = trainer.predict(rows).label_ids
+        x[part] = torch.cat(seen).numpy()  # [rows, features]
+        seen.clear()
+    found = []
+    for C in (1.0, 10.0, 100.0, 1e3, 1e4):
+        head = LogisticRegression(C=C, max_iter=100_000).fit(x["train"], y["train"])
+        score = {part: float(head.score(x[part], y[part])) for part in ("dev", "test")}
+        found.append({"C": C, **score})
+    return max(found, key=lambda one: one["dev"])
+
+
 def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
     """Data and model; result gets what is known of them before any training."""
-    work = args.work / f"{args.output.stem}-{digest(result['settings'])}"
+    work = args.work / f"{args.output.stem}-{runs.digest(result['settings'])}"
     if args.data:
         if not train_glue.hub_reachable():  # so that nobody waits for retries
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -419,6 +410,7 @@ def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
         for shift in SHIFTS:
             rows = digits(shift)["test"]
             result["pretrained"][shift] = trainer.evaluate(rows)["eval_accuracy"]
+        result["linear head"] = linear_head(job)
     for method in args.methods:  # what does not fit is known before the first hour of training
         model = build(job, method, 0)
         if method == "gpart":
@@ -435,20 +427,6 @@ def cell_name(method: str, rates: tuple[float, float], seed: int) -> str:
     return f"{method}{lr}-head{rates[1]:g}-seed{seed}"
 
 
-def digest(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """The results file: at any moment the last whole one."""
-    cells = result["cells"].values()
-    result["torch"] = "; ".join(sorted({cell["versions"]["torch"] for cell in cells}))
-    result["device"] = "; ".join(sorted({cell["device"] for cell in cells}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    train_glue.atomically(path, lambda part: part.write_text(text))
-
-
 def table(result: dict[str, Any]) -> str:
     """Test accuracy in percent, median ± standard deviation over the seeds, in Markdown."""
     lines = ["| | trained | and head | lr | head lr | test accuracy |", "|---|---|---|---|---|---|"]
@@ -456,6 +434,9 @@ def table(result: dict[str, Any]) -> str:
         if name != "sha256":
             lines.append(f"| pretrained, on {name} digits | | | | | {100 * value:.1f} |")
     lines.append(f"| the largest class | | | | | {100 * result['majority']:.1f} |")
+    if linear := result.get("linear head"):
+        test = f"{100 * linear['test']:.1f}"
+        lines.append(f"| head alone, logistic regression | 0 | | | | {test} |")
     for method, chosen in result["chosen"].items():
         cells = [result["cells"][name] for name in chosen["cells"]]
         values = [100 * (cell["test"] or 0.0) for cell in cells]  # None: it diverged
@@ -523,25 +504,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = {key: getattr(args, key) for key in SETTINGS}
-    result: dict[str, Any] = {"settings": settings, "cells": {}}
-    if args.output.exists():
-        result = json.loads(args.output.read_text())
-    if differ := [key for key in SETTINGS if settings[key] != result["settings"].get(key)]:
-        parser().error(f"{args.output} has runs with another {', '.join(differ)}: name an --output")
+    try:
+        runs.check(args.seeds)
+        record = runs.Record(args.output, settings)
+    except ValueError as error:
+        parser().error(str(error))
+    result, before = record.content, len(record.content["cells"])
     job: Job | None = None
 
     def cell(method: str, rates: tuple[float, float], seed: int) -> dict[str, Any]:
         nonlocal job
-        name = cell_name(method, rates, seed)
-        if name not in result["cells"]:
+        if (name := cell_name(method, rates, seed)) not in result["cells"]:
             try:  # everything a user can get wrong
                 job = job or prepare(args, result)
             except (ValueError, TypeError, OSError) as error:
                 parser().error(str(error).splitlines()[0])
-            done = result["cells"][name] = run(job, method, rates, seed)
-            write(result, args.output)
-            print(f"{name}: dev {done['dev']}, test {done['test']}", flush=True)
-        return dict(result["cells"][name])
+        return record.cell(name, lambda: run(job, method, rates, seed))
 
     def best(method: str, candidates: list[tuple[float, float]]) -> tuple[float, float]:
         """By the dev split and the first seed; of equals the first."""
@@ -557,9 +535,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         chosen = best(method, [(rate, head_lr) for rate in rates])
         for seed in args.seeds:
             cell(method, chosen, seed)
-        names = [cell_name(method, chosen, seed) for seed in args.seeds]
+        name = cell_name(method, chosen, 0).removesuffix("0")
+        names = [one for one in result["cells"] if one.startswith(name)]  # of earlier commands too
         result["chosen"][method] = {"rates": chosen, "cells": names}
-    write(result, args.output)
+    record.write()
+    if len(result["cells"]) == before:
+        print(f"{args.output} has all of these runs: nothing was trained")
     print(f"\n{table(result)}\n\n{args.output}")
     return result
 
