@@ -4,9 +4,11 @@
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import mutants
 import pytest
 import safetensors.torch
@@ -244,7 +246,16 @@ def test_other_gauge_has_the_same_update() -> None:
         torch.testing.assert_close(dw, update[name])
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the precision of its first user in the process for ever."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters of one step on the toy tasks already obey the laws that the results are about."""
     read_data = train_glue.read_data
