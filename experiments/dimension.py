@@ -49,9 +49,9 @@ def render() -> str:
         for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
             cells = found(task, curve)
             if cells:
-                axis.semilogx(
-                    [c[0] for c in cells], [c[2]["metric"] for c in cells], style, label=curve
-                )
+                sizes, metrics = [c[0] for c in cells], [c[2]["metric"] for c in cells]
+                color = glue.COLORS[CURVES[curve]]
+                axis.semilogx(sizes, metrics, style, color=color, label=curve)
             values = {d: f"{100 * cell['metric']:.1f}" for d, _, cell in cells}
             lines.append(f"| {task} | {curve} | {' | '.join(values.get(d, '') for d in SIZES)} |")
         axis.set(xlabel="d", ylabel=f"{task.upper()} {name}, validation")

@@ -68,6 +68,18 @@ NAMES = {
     "full": "full fine-tuning",
 }
 
+COLORS = {  # as in course/geometry.ipynb
+    "gpart": "#0072B2",
+    "gpart-noniso": "#CC79A7",
+    "unilora": "#009E73",
+    "lora": "#D55E00",
+    "head": "0.4",
+    "bitfit": "#56B4E9",
+    "vera": "#E69F00",
+    "fourierft": "#8C564B",
+    "full": "black",
+}
+
 
 # --- Cells ---
 def rates(method: str) -> list[float]:
@@ -197,18 +209,18 @@ def plot() -> None:
     """The dev metric against the learning rate, in units of the published one."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True)
     for axis, task, name in zip(axes, ("stsb", "sst2"), ("Pearson", "accuracy"), strict=True):
-        for k, method in enumerate(RATES):
+        for method in RATES:
             points = [(rate / RATES[method], dev(task, method, rate)) for rate in rates(method)]
             points = sorted((x, y) for x, y in points if y is not None)
             if points:
                 style = "o-" if method in THREE_SEEDS else "s:"
-                axis.semilogx(
-                    *zip(*points, strict=True), style, color=f"C{k}", label=NAMES[method], ms=4
-                )
+                look = {"color": COLORS[method], "label": NAMES[method], "ms": 4}
+                axis.semilogx(*zip(*points, strict=True), style, **look)
         axis.set(xlabel="learning rate / published", ylabel=f"{task.upper()} dev {name}")
         axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.2))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(HERE / "figures" / "rates.png", dpi=150)
 
 
