@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter algebra: theta is an exact coordinate of the weight update, LoRA's factors are not.
 
-    python -m experiments.algebra --data-dir glue              # a quarter of an hour after its runs
+    python -m experiments.algebra --data-dir glue
 
 all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py, which run
 before, at their best rates by the dev split: found in --work or trained again (4 minutes each).
@@ -342,7 +342,8 @@ def main() -> None:
             results[name] = part(study)
             results |= {m.__name__: m.__version__ for m in (torch, transformers)}
             results["device"] = f"CPU {platform.machine()}, 1 thread"
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            text = json.dumps(results, indent=1) + "\n"
+            train_glue.atomically(path, functools.partial(Path.write_text, data=text))
             print(name, flush=True)
     text = render(results)
     (HERE / "results" / "algebra.md").write_text(text)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight decay with and without isometry (Appendix B.2): by which factor does it differ?
 
-    python -m experiments.decay --data-dir glue                # 25 minutes on one core
+    python -m experiments.decay --data-dir glue
 
 all-MiniLM-L6-v2 on STS-B, 120 steps of 16 rows, constant learning rates a factor sqrt(N/d) apart,
 so that both variants take the same steps in weight space; the same data in the same order, the head

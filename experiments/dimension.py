@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric against d (Figure 4, left), with theta's learning rate fixed and scaled.
 
-    python -m experiments.dimension --data-dir glue            # two hours; stop and start at will
+    python -m experiments.dimension --data-dir glue            # stop and start at will
     python -m experiments.dimension --render                   # only the table and the figure
 
 STS-B and SST-2, seed 0, the cells and the rates of glue_table.py, which runs before. Three curves:

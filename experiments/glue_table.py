@@ -5,12 +5,12 @@
     python -m experiments.glue_table --render                  # only the tables and the figure
 
 Every cell is one run of train_glue.py and one file in results/glue/, and what has a file is not
-run again (whoever changes BUDGET deletes them; the adapters stay in --work): all-MiniLM-L6-v2, bf16
-autocast, one CPU thread, as many cells at a time as there are cores. First each method's learning
-rate: five values a factor of 3 apart around its published one, the best mean dev metric of STS-B
-and SST-2 with seed 0 (for the head alone, of the head's; for the non-isometric variant the five of
-GPart times sqrt(d/N), the same steps in weight space). Then the tables: the validation metric at
-that rate, the checkpoint picked on the dev split.
+run again (whoever changes BUDGET deletes them, and --work, where the adapters stay). It is
+all-MiniLM-L6-v2 in bf16 autocast on one CPU thread, as many cells at a time as there are cores.
+First each method's learning rate: five values a factor of 3 apart around its published one, the
+best mean dev metric of STS-B and SST-2 with seed 0 (for the head alone, of the head's; for the
+non-isometric variant the five of GPart times sqrt(d/N), the same steps in weight space). Then the
+tables: the validation metric at that rate, the checkpoint picked on the dev split.
 
 Without --render it ends with results/glue.md and figures/rates.png, which --render makes from
 whatever cells there are.

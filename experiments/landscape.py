@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss around a trained solution (Figure 4, right): a picture, and numbers it cannot fake.
 
-    python -m experiments.landscape --data-dir glue            # half an hour on one core
+    python -m experiments.landscape --data-dir glue
 
 all-MiniLM-L6-v2 on STS-B, GPart and Uni-LoRA at d = 23,040, each trained by train_glue.py at its
 best rate of glue_table.py. The loss is the mean squared error on the first 256 rows of the

@@ -12,18 +12,8 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
-from torch import nn
 
 import train_glue
-
-
-def trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that train."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def save_trained(model: nn.Module, path: Path) -> None:
-    safetensors.torch.save_file({n: p.detach().cpu() for n, p in trained(model).items()}, path)
 
 
 def digest(settings: Any) -> str:
@@ -50,7 +40,7 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.model, folder / "model.safetensors")
+        safetensors.torch.save_file(train_glue.copies(self.model), folder / "model.safetensors")
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -66,7 +66,9 @@ class Recorder(transformers.TrainerCallback):
         self.seen: list[dict[str, torch.Tensor]] = []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.seen.append({n: p.detach().clone() for n, p in train_vision.trained(model).items()})
+        self.seen.append(
+            {n: p.detach().clone() for n, p in train_vision.train_glue.trainable(model).items()}
+        )
 
 
 @pytest.mark.slow
@@ -87,8 +89,8 @@ def test_killed_run_resumes_to_the_same_numbers(
     assert train_vision.fit(resumed) == dev
     assert len(recorder.seen) == 3  # after the third and the fourth epoch, and at the end
     assert resumed.state.global_step == whole.state.global_step == 4 * 3
-    for name, p in train_vision.trained(whole.model).items():
-        assert torch.equal(train_vision.trained(resumed.model)[name], p), name
+    for name, p in train_vision.train_glue.trainable(whole.model).items():
+        assert torch.equal(train_vision.train_glue.trainable(resumed.model)[name], p), name
 
 
 class Plain(train_vision.Trainer):
@@ -117,7 +119,7 @@ def test_best_checkpoint_is_restored(
     trainer.train()
     first, *_, last = recorder.seen
     assert any("theta" in name or "lora" in name for name in first) == (method != "head")
-    for name, p in train_vision.trained(trainer.model).items():
+    for name, p in train_vision.train_glue.trainable(trainer.model).items():
         assert torch.equal(p, first[name]) and not torch.equal(p, last[name]), name
 
 

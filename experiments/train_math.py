@@ -292,21 +292,19 @@ def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
     began = time.monotonic()
     model = build(bench.args, method, seed)
     train(bench, model, rows, lr, seed, folder)
-    trained = runs.trained(model)
+    trained = train_glue.trainable(model)
     result: dict[str, Any] = {"trained": sum(p.numel() for p in trained.values())}
     if not all(p.isfinite().all() for p in trained.values()):
         return result | {"dev": None, "test": None}  # it diverged, which is a result too
     folder.mkdir(parents=True, exist_ok=True)
+    train_glue.save_adapter(model, folder / "adapter.safetensors")
     if method == "gpart":
-        gpart.save(model, folder / "adapter.safetensors")
         attached = bench.logits(model, dev)
         gpart.detach(model)
         gpart.load(model, folder / "adapter.safetensors")
         gpart.merge(model)
         if not torch.equal(bench.logits(model, dev), attached):
             raise RuntimeError("saved, loaded and merged, the model gives other logits than before")
-    else:
-        runs.save_trained(model, folder / "adapter.safetensors")
     result |= {"dev": bench.loss(model, dev), "test": bench.report(model, tests)}
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)

@@ -197,6 +197,7 @@ def base(job: Job) -> Any:
     model = load(auto, job.path, job.name, **settings).float()
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
         raise ValueError(f"{job.name} has no linear layer called classifier, as a ViT has")
+    model.heads = ["classifier"]
     model.name_or_path = job.name  # what gpart.save records: a name, not a path of this machine
     return model
 
@@ -220,16 +221,6 @@ def build(job: Job, method: str, seed: int) -> Any:
     return model
 
 
-def trained(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
-    """The parameters that train: all, the head's, or (head=False) the others."""
-    named = runs.trained(model).items()
-    return {n: p for n, p in named if head in (None, n.startswith("classifier."))}
-
-
-def save_adapter(model: Any, path: Path) -> None:
-    (gpart.save if hasattr(model, "gpart") else runs.save_trained)(model, path)
-
-
 def load_adapter(job: Job, method: str, path: Path) -> Any:
     """A fresh model, its head random in another way, with only what the file holds put in."""
     model = build(job, method, seed=1 << 40)
@@ -237,11 +228,7 @@ def load_adapter(job: Job, method: str, path: Path) -> Any:
         gpart.detach(model)
         gpart.load(model, path)
     else:
-        stored = safetensors.torch.load_file(path)
-        for name, p in trained(model).items():
-            p.detach().copy_(stored.pop(name))
-        if stored:
-            raise RuntimeError(f"{path} has {[*stored]}, which {method} does not train")
+        train_glue.restore(model, safetensors.torch.load_file(path))
     return model
 
 
@@ -256,7 +243,7 @@ class Trainer(runs.Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = [
-                {"params": [*trained(self.model, head=head).values()], "lr": lr}
+                {"params": [*train_glue.trainable(self.model, head).values()], "lr": lr}
                 for head, lr in zip((False, True), self.rates, strict=True)
             ]
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
@@ -334,9 +321,9 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
     model = build(job, method, seed)
     trainer = prepare_trainer(model, job.splits, vars(job.args), folder, rates, seed)
     result: dict[str, Any] = {"dev": fit(trainer), "test": None}
-    if all(p.isfinite().all() for p in trained(model).values()):  # it did not diverge
+    if all(p.isfinite().all() for p in train_glue.trainable(model).values()):  # it did not diverge
         test, file = trainer.predict(job.splits["test"]), folder / "adapter.safetensors"
-        save_adapter(model, file)
+        train_glue.save_adapter(model, file)
         fresh = prepare_trainer(load_adapter(job, method, file), job.splits, vars(job.args), folder)
         again = {"reloaded": fresh.predict(job.splits["test"])}
         if method == "gpart":
@@ -347,7 +334,7 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
                 raise RuntimeError(f"{folder.name}, {how}, classifies the test images otherwise")
         result |= {"test": test.metrics["test_accuracy"], "adapter_bytes": file.stat().st_size}
     for head in (False, True):
-        numbers = sum(p.numel() for p in trained(model, head).values())
+        numbers = sum(p.numel() for p in train_glue.trainable(model, head).values())
         result["trained_head" if head else "trained"] = numbers
     result["step"] = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
     for path in folder.glob("checkpoint-*"):
@@ -363,6 +350,7 @@ def pretrain(work: Path) -> Path:
         print("pretraining on the upright digits", flush=True)
         torch.manual_seed(PRETRAIN["seed"])
         model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+        model.heads = ["classifier"]
         part = folder.with_name(folder.name + ".part")
         rates = (PRETRAIN["lr"], PRETRAIN["lr"])
         recipe = PRETRAIN | {"workers": 0}
