@@ -45,7 +45,7 @@ def render() -> str:
     figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " |"]
     lines.append("|---" * (len(SIZES) + 2) + "|")
-    for axis, task, name in zip(axes, ("stsb", "sst2"), ("Pearson", "accuracy"), strict=True):
+    for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
         for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
             cells = found(task, curve)
             if cells:
@@ -54,7 +54,7 @@ def render() -> str:
                 axis.semilogx(sizes, metrics, style, color=color, label=curve)
             values = {d: f"{100 * cell['metric']:.1f}" for d, _, cell in cells}
             lines.append(f"| {task} | {curve} | {' | '.join(values.get(d, '') for d in SIZES)} |")
-        axis.set(xlabel="d", ylabel=f"{task.upper()} {name}, validation")
+        axis.set(xlabel="d", ylabel=f"validation, {glue.TASKS[task]}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(glue.HERE / "figures" / "dimension.png", dpi=150)

@@ -37,7 +37,13 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 CELLS = HERE / "results" / "glue"
-TASKS = ("stsb", "sst2", "rte", "mrpc", "cola")
+TASKS = {  # and the heads of their columns
+    "stsb": "STS-B (Pearson)",
+    "sst2": "SST-2 (accuracy)",
+    "rte": "RTE (accuracy)",
+    "mrpc": "MRPC (accuracy)",
+    "cola": "CoLA (Matthews)",
+}
 BUDGET = {  # of each task: what fits into about four minutes of a core
     "stsb": ["--max-steps", "240", "--max-length", "64"],
     "sst2": ["--max-steps", "300", "--max-length", "64", "--max-train-samples", "6000"],
@@ -169,26 +175,31 @@ def best_rate(method: str) -> float | None:
 
 
 # --- Tables ---
+def score(task: str, method: str, seed: int) -> float | None:
+    """The validation metric at the method's best rate; 0 if it diverged, None if there is none."""
+    rate = best_rate(method)
+    done = read(cell(task, method, rate, seed)) if rate else None
+    return None if done is None else 0.0 if done["metric"] is None else float(done["metric"])
+
+
 def row(method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
     """{task: (median, std, number of seeds)} and what all runs share."""
-    rate, cells = best_rate(method), {}
+    rate = best_rate(method)
     result: dict[str, Any] = {"method": method, "rate": rate, "tasks": {}}
     for task in TASKS if rate else ():
-        found = [read(cell(task, method, rate, seed)) for seed in seeds]
-        cells = [c for c in found if c]
-        values = [0.0 if c["metric"] is None else c["metric"] for c in cells]
+        values = [v for seed in seeds if (v := score(task, method, seed)) is not None]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else None
             result["tasks"][task] = (statistics.median(values), spread, len(values))
-            result |= {k: c[k] for c in cells for k in ("trainable", "adapter_bytes") if k in c}
+        for seed in seeds:
+            if "trainable" in (one := read(cell(task, method, rate, seed)) or {}):
+                result["trainable"] = one["trainable"]
     return result
 
 
 def table(methods: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    metric = {"stsb": "Pearson", "cola": "Matthews"}
-    heads = [f"{task.upper()} ({metric.get(task, 'accuracy')})" for task in TASKS]
     lines = [
-        f"| method | trained | lr | {' | '.join(heads)} | average |",
+        f"| method | trained | lr | {' | '.join(TASKS.values())} | average |",
         "|---" * (len(TASKS) + 4) + "|",
     ]
     for method in methods:
@@ -207,10 +218,33 @@ def table(methods: tuple[str, ...], seeds: tuple[int, ...]) -> str:
     return "\n".join(lines)
 
 
+def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str:
+    """What method has more than each of the others, a seed at a time: mean ± std, in points."""
+    lines = [
+        f"| {NAMES[method]} minus | {' | '.join(TASKS.values())} | average |",
+        "|---" * (len(TASKS) + 2) + "|",
+    ]
+    for other in others:
+        cells, rows = [], []
+        for task in TASKS:
+            pairs = [(score(task, method, seed), score(task, other, seed)) for seed in seeds]
+            rows.append([100 * (a - b) for a, b in pairs if a is not None and b is not None])
+        whole = all(len(row) == len(seeds) for row in rows)
+        if whole:  # the average over the tasks has a spread of its own
+            rows.append([statistics.mean(of_seed) for of_seed in zip(*rows, strict=True)])
+        for row in rows:
+            enough = len(row) == len(seeds) > 1
+            text = f"{statistics.mean(row):+.1f} ± {statistics.stdev(row):.1f}" if enough else ""
+            cells.append(text)
+        cells += [""] * (not whole)
+        lines.append(f"| {NAMES[other]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot() -> None:
     """The dev metric against the learning rate, in units of the published one."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True)
-    for axis, task, name in zip(axes, ("stsb", "sst2"), ("Pearson", "accuracy"), strict=True):
+    for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
         for method in RATES:
             points = [(rate / RATES[method], dev(task, method, rate)) for rate in rates(method)]
             points = sorted((x, y) for x, y in points if y is not None)
@@ -218,7 +252,7 @@ def plot() -> None:
                 style = "o-" if method in THREE_SEEDS else "s:"
                 look = {"color": COLORS[method], "label": NAMES[method], "ms": 4}
                 axis.semilogx(*zip(*points, strict=True), style, **look)
-        axis.set(xlabel="learning rate / published", ylabel=f"{task.upper()} dev {name}")
+        axis.set(xlabel="learning rate / published", ylabel=f"dev, {TASKS[task]}")
         axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.2))
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -240,7 +274,11 @@ def render() -> str:
 
 {table(THREE_SEEDS, (0, 1, 2))}
 
-## The other methods, seed 0
+## Table 4 and the like: GPart minus another method, mean ± standard deviation of three pairs
+
+{margins("gpart", THREE_SEEDS[1:], (0, 1, 2))}
+
+## All methods, seed 0
 
 {table(tuple(RATES), (0,))}
 """

@@ -141,11 +141,28 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
             cells(task, "gpart", rate, 0, rate)
     best = glue_table.best_rate("gpart")
     for seed, value in ((0, 0.5), (1, 0.7), (2, 0.6)):
-        for task in glue_table.TASKS[: 5 - (seed == 2)]:
+        for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
             cells(task, "gpart", best, seed, value)
     row = glue_table.table(("gpart",), (0, 1, 2)).splitlines()[-1]
     assert row.startswith("| GPart | 7 | 0.045 | 60.0 ± 10.0 | ")
     assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
+
+
+def test_margins_pair_the_seeds(cells: Any) -> None:
+    """A spread that both methods share is no spread of their difference; a hole leaves a hole."""
+    for method, less in (("gpart", 0.0), ("lora", 0.25)):
+        for rate in glue_table.rates(method):
+            for task in ("stsb", "sst2"):
+                cells(task, method, rate, 0, rate)
+        for seed, value in ((0, 0.5), (1, 0.75), (2, 1.0)):
+            for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
+                cells(task, method, glue_table.best_rate(method) or 0, seed, value - less)
+    row = glue_table.margins("gpart", ("lora",), (0, 1, 2)).splitlines()[-1]
+    assert row == f"| LoRA, rank 8 | {'+25.0 ± 0.0 | ' * 4} |  |"
+    cells("cola", "gpart", glue_table.best_rate("gpart") or 0, 2, None)  # diverged: 0
+    cells("cola", "lora", glue_table.best_rate("lora") or 0, 2, 0.75)
+    row = glue_table.margins("gpart", ("lora",), (0, 1, 2)).splitlines()[-1]
+    assert row.endswith("| -8.3 ± 57.7 | +18.3 ± 11.5 |")
 
 
 def test_finished_cells_are_not_run_again(cells: Any, monkeypatch: pytest.MonkeyPatch) -> None:
