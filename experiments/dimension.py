@@ -15,12 +15,18 @@ Writes results/dimension.md and figures/dimension.png.
 """
 
 import math
+from typing import Any
 
 from experiments import glue_table as glue
 
 SIZES = [16, 90, 360, 1440, 5760, 23040, 92160, 368640, glue.N]
 MOST = {"unilora": 4 * (384 + 384) * 12}  # numbers in the rank-4 factors of 12 matrices
 CURVES = {"fixed": "gpart", "scaled": "gpart", "unilora": "unilora"}
+LABELS = {
+    "fixed": "GPart, one learning rate",
+    "scaled": "GPart, scaled by sqrt(N/d)",
+    "unilora": "Uni-LoRA, one learning rate",
+}
 
 
 def points(curve: str) -> list[tuple[int, float]]:
@@ -33,35 +39,51 @@ def points(curve: str) -> list[tuple[int, float]]:
     return [(d, float(f"{best * scale[d]:.3g}")) for d in sizes]
 
 
-def found(task: str, curve: str) -> list[tuple[int, float, dict[str, float]]]:
+def found(task: str, curve: str) -> list[tuple[int, dict[str, Any]]]:
+    """(d, cell) of the runs there are."""
     cells = [
-        (d, rate, glue.read(glue.cell(task, CURVES[curve], rate, 0, d)))
-        for d, rate in points(curve)
+        (d, glue.read(glue.cell(task, CURVES[curve], rate, 0, d))) for d, rate in points(curve)
     ]
-    return [(d, rate, cell) for d, rate, cell in cells if cell and cell["metric"] is not None]
+    return [(d, cell) for d, cell in cells if cell]
+
+
+def plateau(cells: list[tuple[int, dict[str, Any]]], within: float = 0.01) -> list[int]:
+    """The sizes whose metric is at most that far below the best of the curve."""
+    values = {d: cell["metric"] for d, cell in cells if cell["metric"] is not None}
+    return [d for d, value in values.items() if value >= max(values.values()) - within]
 
 
 def render() -> str:
     figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " |"]
-    lines.append("|---" * (len(SIZES) + 2) + "|")
+    lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " | within a point |"]
+    lines.append("|---" * (len(SIZES) + 3) + "|")
+    minutes = 0.0
     for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
         for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
             cells = found(task, curve)
-            if cells:
-                sizes, metrics = [c[0] for c in cells], [c[2]["metric"] for c in cells]
-                color = glue.COLORS[CURVES[curve]]
-                axis.semilogx(sizes, metrics, style, color=color, label=curve)
-            values = {d: f"{100 * cell['metric']:.1f}" for d, _, cell in cells}
-            lines.append(f"| {task} | {curve} | {' | '.join(values.get(d, '') for d in SIZES)} |")
+            minutes += sum(cell.get("minutes", 0) for _, cell in cells)
+            points_of = [(d, c["metric"]) for d, c in cells if c["metric"] is not None]
+            if points_of:
+                look = {"color": glue.COLORS[CURVES[curve]], "label": LABELS[curve]}
+                axis.semilogx(*zip(*points_of, strict=True), style, **look)
+            texts = {
+                d: "diverged" if c["metric"] is None else f"{100 * c['metric']:.1f}"
+                for d, c in cells
+            }
+            good = ", ".join(f"{d:,}" for d in plateau(cells))
+            values = " | ".join(texts.get(d, "") for d in SIZES)
+            lines.append(f"| {glue.TASKS[task]} | {curve} | {values} | {good} |")
         axis.set(xlabel="d", ylabel=f"validation, {glue.TASKS[task]}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(glue.HERE / "figures" / "dimension.png", dpi=150)
-    rates = {c: ", ".join(f"{rate:g}" for _, rate in points(c)) for c in CURVES}
+    rates = {c: ", ".join(dict.fromkeys(f"{rate:g}" for _, rate in points(c))) for c in CURVES}
     text = f"""# The metric against d
 
-`python -m experiments.dimension --data-dir glue`, seed 0, percent of the validation metric.
+`python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: the validation
+metric in percent, one seed, {minutes:.0f} minutes of a core. The last column has the sizes that are
+at most one point below the curve's best.
 
 {chr(10).join(lines)}
 

@@ -182,6 +182,12 @@ def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch)
     assert max(d for d, _ in dimension.points("unilora")) == 23040
 
 
+def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
+    """A run that diverged is on no plateau."""
+    cells = [(16, 0.5), (90, 0.791), (360, 0.8), (1440, None), (5760, 0.795)]
+    assert dimension.plateau([(d, {"metric": m}) for d, m in cells]) == [90, 360, 5760]
+
+
 # --- Decay and landscape ---
 @pytest.mark.parametrize("factor", [1.0, 8.8, 76.8])
 def test_decay_finds_the_factor_between_two_curves(factor: float) -> None:
