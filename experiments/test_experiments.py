@@ -143,7 +143,7 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
     for seed, value in ((0, 0.5), (1, 0.7), (2, 0.6)):
         for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
             cells(task, "gpart", best, seed, value)
-    row = glue_table.table(("gpart",), (0, 1, 2)).splitlines()[-1]
+    row = glue_table.table({"gpart": (0, 1, 2)}).splitlines()[-1]
     assert row.startswith("| GPart | 7 | 0.045 | 60.0 ± 10.0 | ")
     assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
 
