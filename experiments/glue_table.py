@@ -176,6 +176,17 @@ def best_rate(method: str) -> float | None:
     return max(means, key=lambda rate: means[rate])
 
 
+def good_rates(method: str, within: float = 0.03) -> list[float]:
+    """Those that are at most that far below the method's best dev metric, on STS-B and on SST-2."""
+    good = set(rates(method))
+    for task in ("stsb", "sst2"):
+        values = {rate: dev(task, method, rate) for rate in rates(method)}
+        known = {rate: value for rate, value in values.items() if value is not None}
+        top = max(known.values(), default=0.0)
+        good &= {rate for rate, value in known.items() if value >= top - within}
+    return sorted(good)
+
+
 # --- Tables ---
 def score(task: str, method: str, seed: int) -> float | None:
     """The validation metric at the method's best rate; 0 if it diverged, None if there is none."""
@@ -197,6 +208,18 @@ def row(method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
             if "trainable" in (one := read(cell(task, method, rate, seed)) or {}):
                 result["trainable"] = one["trainable"]
     return result
+
+
+def rate_table() -> str:
+    lines = ["| method | published | best | within 3 points of the best | from first to last |"]
+    lines.append("|---" * 5 + "|")
+    for method in RATES:
+        if best := best_rate(method):
+            good = good_rates(method)
+            texts = [f"{RATES[method]:.3g}", f"{best:g}", ", ".join(f"{r:g}" for r in good)]
+            span = f"x {good[-1] / good[0]:.0f}" if good else ""
+            lines.append(f"| {NAMES[method]} | {' | '.join(texts)} | {span} |")
+    return "\n".join(lines)
 
 
 def majority(task: str) -> str:
@@ -289,6 +312,10 @@ def render() -> str:
 ## Table 4 and the like: GPart minus another method, mean ± standard deviation of three pairs
 
 {margins("gpart", THREE_SEEDS[1:], SEEDS)}
+
+## Learning rates: five a factor of 3 apart, on the dev splits of STS-B and SST-2, seed 0
+
+{rate_table()}
 
 ## All methods, seed 0
 

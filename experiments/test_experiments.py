@@ -127,6 +127,18 @@ def test_best_rate_is_the_best_mean_of_two_tasks(cells: Any) -> None:
     assert glue_table.best_rate("lora") == five[3]
 
 
+def test_good_rates_are_good_on_both_tasks(cells: Any) -> None:
+    """Within 3 points of the task's own best; a run that diverged is not."""
+    dev = {"stsb": [0.80, 0.78, 0.76, 0.79, None], "sst2": [0.90, 0.86, 0.91, 0.92, 0.92]}
+    for task, values in dev.items():
+        for rate, value in zip(glue_table.rates("lora"), values, strict=True):
+            cells(task, "lora", rate, 0, value)
+    assert glue_table.good_rates("lora") == [0.0005, 0.0045]
+    assert glue_table.rate_table().endswith(
+        "| LoRA, rank 8 | 0.0005 | 0.0045 | 0.0005, 0.0045 | x 9 |"
+    )
+
+
 def test_rates_of_both_variants_take_the_same_steps() -> None:
     """A step of lr moves a weight by lr / sqrt(n), without isometry by lr."""
     shrink = (glue_table.N / glue_table.D) ** 0.5
