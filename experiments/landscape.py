@@ -12,8 +12,9 @@ validation set, as a function of the vector theta alone; the head stays.
     ratio    largest over smallest curvature u^T H u of 32 random unit directions u, which says
              nothing where one of them is not positive; spread, their deviation over their mean
     top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
-    moved    |J u|, how far the weights move for a unit step along u: 1 for GPart, measured for
-             both; and the mean curvature per squared weight distance, u^T H u / |J u|^2
+    moved    |J u|, how far the weights move for a unit step along u, also along the eigenvectors:
+             1 for GPart, measured for both; and curvature per squared weight distance,
+             u^T H u / |J u|^2, which does not depend on the units of theta
 
 H is that of the plain path: fused=False, and attention by plain products, for second derivatives.
 Writes results/landscape.json and figures/landscape.png.
@@ -135,7 +136,9 @@ def measure(loss: Loss) -> dict[str, Any]:
         (d, d), lambda x: loss.hessian(torch.from_numpy(x).float().flatten()).numpy(), dtype="f4"
     )
     start = unit(d, 0).numpy()
-    top = eigsh(operator, k=5, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)
+    top, vectors = eigsh(operator, k=5, which="LA", v0=start, tol=1e-2)  # the largest is last
+    top, vectors = top[::-1].tolist(), vectors.T[::-1].copy()
+    along = [loss.moved(torch.from_numpy(v)) for v in vectors]
     scaled = [c / n**2 for c, n in zip(curvatures, lengths, strict=True)]
     return {
         "metric": loss.metric,
@@ -147,7 +150,9 @@ def measure(loss: Loss) -> dict[str, Any]:
         "spread": statistics.stdev(curvatures) / statistics.mean(curvatures),
         "moved": lengths,
         "curvature per weight distance": sum(scaled) / len(scaled),
-        "top": sorted(top.tolist(), reverse=True),
+        "top": top,
+        "moved along top": along,
+        "top per weight distance": [c / n**2 for c, n in zip(top, along, strict=True)],
     }
 
 

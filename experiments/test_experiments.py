@@ -250,6 +250,30 @@ def test_landscape_measures_how_far_weights_move() -> None:
         assert loss.moved(landscape.unit(4, 0)) == pytest.approx(expected, rel=1e-3)
 
 
+def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without isometry its curvature is n times as large, per weight distance the same."""
+    monkeypatch.setattr(landscape, "DIRECTIONS", 3)
+    monkeypatch.setattr(landscape, "SIDE", 2)
+    d, n = 32, 8
+    half = torch.randn(d, d, generator=torch.Generator().manual_seed(0))
+    A, found = half @ half.T, {}
+    for isometric in (True, False):
+        net = torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False))
+        g = gpart.attach(net, d, target_modules="0", isometric=isometric, fused=False)
+        loss = landscape.Loss.__new__(landscape.Loss)
+        curvature = A if isometric else n * A
+        loss.model, loss.theta, loss.start = Quadratic(curvature, g.theta), g.theta, torch.zeros(d)
+        loss.model.net, loss.batches, loss.metric = net, [{"offset": 1.0}], 0.5
+        found[isometric] = landscape.measure(loss)
+    top = torch.linalg.eigvalsh(A).flip(0)[:5].tolist()
+    for isometric, result in found.items():
+        assert result["top"] == pytest.approx([t * (1 if isometric else n) for t in top], rel=1e-3)
+        assert result["top per weight distance"] == pytest.approx(top, rel=1e-2)
+    ratios = [result["ratio"] for result in found.values()]
+    assert ratios == pytest.approx(ratios[:1] * 2, rel=1e-3)
+    assert json.loads(json.dumps(found[True])) == found[True]
+
+
 # --- Algebra ---
 @pytest.mark.parametrize("isometric", [True, False])
 @pytest.mark.parametrize(("N", "d", "k"), [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)])
