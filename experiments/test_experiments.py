@@ -160,6 +160,18 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
     assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
 
 
+def test_readme_has_the_tables_of_the_cells() -> None:
+    """Table 1 with three seeds, the margins, and how many runs and hours they took."""
+    readme = (mutants.ROOT / "README.md").read_text()
+    assert glue_table.table(dict.fromkeys(glue_table.THREE_SEEDS, glue_table.SEEDS)) in readme
+    others = glue_table.THREE_SEEDS[1:]
+    assert glue_table.margins("gpart", others, glue_table.SEEDS) in readme
+    rendered = (glue_table.HERE / "results" / "glue.md").read_text()
+    assert rendered.splitlines()[2] in readme
+    for text in (glue_table.table(glue_table.TABLE_1), glue_table.rate_table()):
+        assert text in rendered
+
+
 def test_margins_pair_the_seeds(cells: Any) -> None:
     """A spread that both methods share is no spread of their difference; a hole leaves a hole."""
     for method, less in (("gpart", 0.0), ("lora", 0.25)):
