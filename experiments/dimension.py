@@ -61,7 +61,7 @@ def render() -> str:
     for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
         for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
             cells = found(task, curve)
-            minutes += sum(cell.get("minutes", 0) for _, cell in cells)
+            minutes += sum(c.get("minutes", 0) for d, c in cells if d != glue.D)  # glue_table's own
             points_of = [(d, c["metric"]) for d, c in cells if c["metric"] is not None]
             if points_of:
                 look = {"color": glue.COLORS[CURVES[curve]], "label": LABELS[curve]}
@@ -82,8 +82,8 @@ def render() -> str:
     text = f"""# The metric against d
 
 `python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: the validation
-metric in percent, one seed, {minutes:.0f} minutes of a core. The last column has the sizes that are
-at most one point below the curve's best.
+metric in percent, one seed, {minutes:.0f} minutes in sum. The last column has the sizes that are at
+most one point below the curve's best.
 
 {chr(10).join(lines)}
 
