@@ -23,9 +23,7 @@ Writes results/algebra.json and results/algebra.md.
 
 import argparse
 import functools
-import json
 import math
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,12 +34,13 @@ import transformers
 
 import gpart
 import train_glue
-from experiments import dimension
+from experiments import dimension, runs
 from experiments import glue_table as glue
 
 HERE = Path(__file__).resolve().parent
 Update = dict[str, torch.Tensor]  # {name: dW}
 COARSE, STEPS = 5760, 120
+SIZES = (1440, glue.D, 368640)  # to project onto
 
 
 # --- Updates as vectors ---
@@ -152,11 +151,11 @@ def detached(update: Update) -> Update:
 
 # --- The measurements ---
 def geometry(study: Study) -> dict[str, Any]:
-    runs = [(task, seed) for task in ("stsb", "sst2") for seed in (0, 1)]
+    four = [(task, seed) for task in ("stsb", "sst2") for seed in (0, 1)]
     result: dict[str, Any] = {}
     for method in ("gpart", "lora"):
         points, updates = {}, {}
-        for task, seed in runs:
+        for task, seed in four:
             model = study.model(task, method, seed)
             points[f"{task} {seed}"] = (
                 model.gpart.theta.detach() if method == "gpart" else lora_factors(model)
@@ -208,12 +207,11 @@ def project(study: Study) -> dict[str, Any]:
         "full fine-tuning of query and value": (detached(full.gpart.delta()), head_of(full)),
         "merged LoRA": (lora_update(lora), head_of(lora)),
     }
-    sizes = (1440, glue.D, 368640)
     result: dict[str, Any] = {}
     for source, (update, head) in sources.items():
         result[source] = {"all of it": {"norm": 1.0, "metric": study.metric("stsb", update, head)}}
         result[source]["none of it"] = {"norm": 0.0, "metric": study.metric("stsb", None, head)}
-        for d in sizes:
+        for d in SIZES:
             study.settings.d, study.settings.method = d, "gpart"
             g = train_glue.build(study.settings, seed=0).gpart
             g.theta.data.copy_(g.project(update))
@@ -289,10 +287,11 @@ PARTS: dict[str, Callable[[Study], dict[str, Any]]] = {
 }
 
 
-def render(results: dict[str, Any]) -> str:
+def render(record: runs.Record) -> str:
     """results/algebra.md."""
+    results = {name: cell["found"] for name, cell in record.content["cells"].items()}
     lines = ["# Adapter algebra", "", "`python -m experiments.algebra --data-dir glue`"]
-    lines[-1] += f", torch {results['torch']}, {results['device']}; one run each."
+    lines[-1] += f": {record.ran_on}; one run each."
     for method, what in (("gpart", "theta"), ("lora", "(B, A)")):
         lines += ["", f"## Geometry: {glue.NAMES[method]}", ""]
         lines += [f"| | distance of {what} | of the updates | cosine of {what} | of the updates |"]
@@ -334,18 +333,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    path = HERE / "results" / "algebra.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = {"d": glue.D, "coarse": COARSE, "steps": STEPS, "sizes": [*SIZES]}
+    record = runs.Record(HERE / "results" / "algebra.json", settings)
     study = Study(args)
     for name, part in PARTS.items():
-        if name not in results:
-            results[name] = part(study)
-            results |= {m.__name__: m.__version__ for m in (torch, transformers)}
-            results["device"] = f"CPU {platform.machine()}, 1 thread"
-            text = json.dumps(results, indent=1) + "\n"
-            train_glue.atomically(path, functools.partial(Path.write_text, data=text))
-            print(name, flush=True)
-    text = render(results)
+        record.cell(name, lambda: {"found": part(study)})  # noqa: B023  called at once
+    text = render(record)
     (HERE / "results" / "algebra.md").write_text(text)
     print(text)
 

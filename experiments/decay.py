@@ -14,13 +14,13 @@ have lost half of their (logarithmic) height. Two kinds:
     AdamW    decoupled: theta shrinks by 1 - lr wd in each step. Expected factor sqrt(N/d), and only
              because the learning rates are that far apart.
 
-Writes results/decay.json and figures/decay.png. A finished point is not run again.
+Writes results/decay.json, results/decay.md and figures/decay.png. A finished point is not run
+again.
 """
 
 import argparse
-import json
+import functools
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,22 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import train_glue
-from experiments.glue_table import D, N
+from experiments import runs
+from experiments.glue_table import COLORS, NAMES, D, N
 
 HERE = Path(__file__).resolve().parent
 STEPS, BATCH, LR = 120, 16, 5e-3
-DECAYS = {  # of the isometric variant; the other one gets them times 1 and times what is expected
+DECAYS = {  # of the isometric variant; the other one gets them times what is expected
     "Adam": [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3],
     "AdamW": [0.0, 0.3, 1.0, 3.0, 10.0, 30.0],
 }
 EXPECTED = {"Adam": N / D, "AdamW": math.sqrt(N / D)}
+FORMULAS = {"Adam": "N/d", "AdamW": "sqrt(N/d)"}
+SETTINGS = {"steps": STEPS, "batch": BATCH, "lr": LR, "N": N, "d": D, "max_length": 64}
+Curves = dict[str, list[tuple[float, float]]]  # {method: [(decay, norm of the update)]}
 
 
-def train(data_dir: str, method: str, kind: str, decay: float) -> float:
+def train(data_dir: str, method: str, kind: str, decay: float) -> dict[str, float]:
     """||P theta|| at the end."""
     command = ["--task", "stsb", "--method", method, "--d", str(D), "--data-dir", data_dir]
     args = train_glue.parser().parse_args([*command, "--max-length", "64"])
@@ -60,38 +64,74 @@ def train(data_dir: str, method: str, kind: str, decay: float) -> float:
         model(**bench.encode([rows[i] for i in chosen])).loss.backward()
         optimizer.step()
         model.zero_grad()
-    return float(torch.cat([dw.flatten() for dw in model.gpart.delta().values()]).norm())
+    update = torch.cat([dw.flatten() for dw in model.gpart.delta().values()])  # [N]
+    return {"norm": float(update.norm())}
+
+
+def curves(record: runs.Record, data_dir: str, kind: str) -> Curves:
+    """Both variants, from the record or trained."""
+    found: Curves = {}
+    for method, factor in (("gpart", 1.0), ("gpart-noniso", EXPECTED[kind])):
+        decays = [decay * factor for decay in DECAYS[kind]]
+        names = [f"{kind}-{method}-wd{decay:.3g}" for decay in decays]
+        found[method] = [
+            (x, record.cell(name, functools.partial(train, data_dir, method, kind, x))["norm"])
+            for name, x in zip(names, decays, strict=True)
+        ]
+    return found
 
 
 def crossing(points: list[tuple[float, float]], level: float) -> float:
     """The decay at which the norm falls to level, between the points in log-log."""
     x, y = (np.log(np.array(v)) for v in zip(*[p for p in sorted(points) if p[0] > 0], strict=True))
+    if not y[-1] <= math.log(level) <= y[0]:
+        raise ValueError(f"no crossing of {level:g} in {points}: DECAYS must reach further")
     return float(np.exp(np.interp(-math.log(level), -y, x)))
 
 
-def summary(points: dict[str, dict[str, list[tuple[float, float]]]]) -> dict[str, Any]:
-    result = {}
-    for kind, curves in points.items():
-        free = max(norm for curve in curves.values() for decay, norm in curve if decay == 0)
-        least = max(min(norm for _, norm in curve) for curve in curves.values())
-        level = math.sqrt(free * least)
-        at = {method: crossing(curve, level) for method, curve in curves.items()}
-        factor = at["gpart-noniso"] / at["gpart"]
-        result[kind] = {"level": level, "at": at, "factor": factor, "expected": EXPECTED[kind]}
-    return result
+def summary(two: Curves) -> dict[str, Any]:
+    """Where both have lost half of their logarithmic height, and by which factor of decay."""
+    free = max(norm for curve in two.values() for decay, norm in curve if decay == 0)
+    least = max(min(norm for _, norm in curve) for curve in two.values())
+    level = math.sqrt(free * least)
+    at = {method: crossing(curve, level) for method, curve in two.items()}
+    return {"level": level, "at": at, "factor": at["gpart-noniso"] / at["gpart"]}
 
 
-def plot(points: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+def table(kinds: dict[str, Curves]) -> str:
+    lines = [
+        "| | expected | found | norm there | decay: GPart | not isometric |",
+        "|---" * 6 + "|",
+    ]
+    for kind, two in kinds.items():
+        one = summary(two)
+        expected = f"{FORMULAS[kind]} = {EXPECTED[kind]:.3g}"
+        at = " | ".join(f"{decay:.3g}" for decay in one["at"].values())
+        lines.append(f"| {kind} | {expected} | {one['factor']:.3g} | {one['level']:.3g} | {at} |")
+    return "\n".join(lines)
+
+
+def norms(kind: str, two: Curves) -> str:
+    lines = [f"| {kind}, decay of GPart | {' | '.join(f'{x:g}' for x in DECAYS[kind])} |"]
+    lines.append("|---" * (1 + len(DECAYS[kind])) + "|")
+    for method, curve in two.items():
+        times = f", decay times {EXPECTED[kind]:.3g}" if method != "gpart" else ""
+        cells = " | ".join(f"{norm:.4g}" for _, norm in curve)
+        lines.append(f"| {NAMES[method]}{times} | {cells} |")
+    return "\n".join(lines)
+
+
+def plot(kinds: dict[str, Curves]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
-    for axis, (kind, curves) in zip(axes, points.items(), strict=True):
-        for (method, curve), style in zip(curves.items(), ("o-", "s--"), strict=True):
-            axis.loglog(
-                *zip(*[p for p in sorted(curve) if p[0] > 0], strict=True), style, label=method
-            )
+    for axis, (kind, two) in zip(axes, kinds.items(), strict=True):
+        for (method, curve), style in zip(two.items(), ("o-", "s--"), strict=True):
+            points = [p for p in curve if p[0] > 0]
+            look = {"color": COLORS[method], "label": NAMES[method]}
+            axis.loglog(*zip(*points, strict=True), style, **look)
         axis.set(xlabel=f"weight decay ({kind})")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="norm of the update")
-    axes[0].legend(["GPart", "GPart, not isometric"])
+    axes[0].legend()
     figure.savefig(HERE / "figures" / "decay.png", dpi=150)
 
 
@@ -100,26 +140,19 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = HERE / "results" / "decay.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"points": {}}
-    points = result["points"]
-    for kind, decays in DECAYS.items():
-        both = {"gpart": 1.0, "gpart-noniso": EXPECTED[kind]}
-        for method, factor in both.items():
-            curve = points.setdefault(kind, {}).setdefault(method, [])
-            for decay in decays:
-                if not any(math.isclose(decay * factor, done) for done, _ in curve):
-                    curve.append(
-                        (decay * factor, train(args.data_dir, method, kind, decay * factor))
-                    )
-                    print(kind, method, *curve[-1], flush=True)
-                    path.write_text(json.dumps(result, indent=1) + "\n")
-    result |= {"summary": summary(points), "steps": STEPS, "batch": BATCH, "lr": LR, "N": N, "d": D}
-    result |= {m.__name__: m.__version__ for m in (torch, transformers)}
-    result["device"] = f"CPU {platform.machine()}, 1 thread"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(points)
-    print(json.dumps(result["summary"], indent=1))
+    record = runs.Record(HERE / "results" / "decay.json", SETTINGS)
+    kinds = {kind: curves(record, args.data_dir, kind) for kind in DECAYS}
+    parts = [
+        "# Weight decay with and without isometry",
+        f"`python -m experiments.decay --data-dir glue`: {record.ran_on}; one seed.",
+        table(kinds),
+        "The norm of the update at the end:",
+        *[norms(kind, two) for kind, two in kinds.items()],
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (HERE / "results" / "decay.md").write_text(text)
+    plot(kinds)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ validation set, as a function of the vector theta alone; the head stays.
              u^T H u / |J u|^2, which does not depend on the units of theta
 
 H is that of the plain path: fused=False, and attention by plain products, for second derivatives.
-Writes results/landscape.json and figures/landscape.png.
+Writes results/landscape.json, results/landscape.md and figures/landscape.png; a method that is in
+the first is not measured again.
 """
 
 import argparse
-import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,12 @@ from matplotlib import pyplot as plt
 import gpart
 import train_glue
 from experiments import glue_table as glue
+from experiments import runs
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("gpart", "unilora")
 ROWS, SIDE, DIRECTIONS, SEEDS = 256, 9, 32, (0, 1, 2)
+SETTINGS = {"rows": ROWS, "side": SIDE, "directions": DIRECTIONS, "seeds": [*SEEDS], "d": glue.D}
 
 
 class Loss:
@@ -156,6 +157,45 @@ def measure(loss: Loss) -> dict[str, Any]:
     }
 
 
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """A column for each method."""
+
+    def row(name: str, *values: Any) -> str:
+        texts = [value if isinstance(value, str) else f"{value:.3g}" for value in values]
+        return f"| {name} | {' | '.join(texts)} |"
+
+    every = [cells[method] for method in METHODS]
+    means = [statistics.mean(c["curvatures"]) for c in every]
+    lists = {
+        key: [", ".join(f"{x:.3g}" for x in c[key]) for c in every]
+        for key in ("top", "moved along top", "top per weight distance")
+    }
+    lines = [
+        f"| | {' | '.join(glue.NAMES[method] for method in METHODS)} |",
+        "|---" * (len(METHODS) + 1) + "|",
+        row("Pearson, all of the validation set", *[c["metric"] for c in every]),
+        row(f"loss, {ROWS} rows", *[c["loss"] for c in every]),
+        row("norm of theta", *[c["norm of theta"] for c in every]),
+        row("mean loss on the grid", *[float(np.mean(c["grids"])) for c in every]),
+        row("largest loss on the grid", *[float(np.max(c["grids"])) for c in every]),
+        row(f"curvature, mean of {DIRECTIONS} directions", *means),
+        row("largest / smallest", *[c["ratio"] or "one is not positive" for c in every]),
+        row("deviation / mean", *[c["spread"] for c in every]),
+        row("top eigenvalues", *lists["top"]),
+        row(
+            "weights moved by a unit step, random direction",
+            *[f"{min(c['moved']):.3g} to {max(c['moved']):.3g}" for c in every],
+        ),
+        row("along the top eigenvectors", *lists["moved along top"]),
+        row(
+            "curvature per squared weight distance, mean",
+            *[c["curvature per weight distance"] for c in every],
+        ),
+        row("top eigenvectors, the same", *lists["top per weight distance"]),
+    ]
+    return "\n".join(lines)
+
+
 def plot(results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True)
     every = np.array([results[method]["grids"] for method in METHODS])
@@ -177,17 +217,20 @@ def main() -> None:
     parser.add_argument("--work", default="runs/glue", help="folder of glue_table.py's runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = HERE / "results" / "landscape.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record = runs.Record(HERE / "results" / "landscape.json", SETTINGS)
     for method in METHODS:
-        if method not in result:
-            result[method] = measure(Loss(args, method))
-            result |= {m.__name__: m.__version__ for m in (torch, transformers)}
-            result["device"] = f"CPU {platform.machine()}, 1 thread"
-            path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result)
-    for method in METHODS:
-        print(method, {k: v for k, v in result[method].items() if k not in ("grids", "curvatures")})
+        record.cell(method, lambda: measure(Loss(args, method)))  # noqa: B023  called at once
+    cells = record.content["cells"]
+    plot(cells)
+    text = f"""# The loss around a trained solution
+
+`python -m experiments.landscape --data-dir glue`: {record.ran_on}; STS-B, d = {glue.D:,}, one seed
+of training, {len(SEEDS)} of directions.
+
+{table(cells)}
+"""
+    (HERE / "results" / "landscape.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

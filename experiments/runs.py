@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def last_checkpoint(folder: Path) -> str | None:
 class Record:
     """A results file: settings, and cells that are computed once and written as they are done.
 
-    .content is what the file holds; torch and device at its top are those of all cells. ValueError
-    if the file is damaged, or has cells with other settings.
+    .content is what the file holds; torch, device and minutes at its top are those of all cells.
+    ValueError if the file is damaged, or has cells with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -62,7 +63,7 @@ class Record:
         self.content: dict[str, Any] = {"settings": settings, "cells": {}}
         if not path.exists():
             return
-        hint = "delete it, or name another --output"
+        hint = "delete it, or write to another file"
         try:
             self.content = json.loads(path.read_text())
             stored, _ = self.content["settings"], self.content["cells"].keys()
@@ -79,16 +80,26 @@ class Record:
             cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
             cpu = f"CPU {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
             device = torch.cuda.get_device_name() if cuda else cpu
-            cells[name] = compute() | {"versions": versions, "device": device}
+            began = time.monotonic()
+            found = compute()
+            minutes = round((time.monotonic() - began) / 60, 2)
+            cells[name] = found | {"minutes": minutes, "versions": versions, "device": device}
             self.write()
-            print(f"{name}: {json.dumps(cells[name])}", flush=True)
+            print(f"{name}: {json.dumps(found)[:400]} ({minutes:g} min)", flush=True)
         return dict(cells[name])
+
+    @property
+    def ran_on(self) -> str:
+        """For a table: versions, device and minutes."""
+        c = self.content
+        return f"torch {c['torch']}, {c['device']}, {c['minutes']:.0f} minutes"
 
     def write(self) -> None:
         """At any moment the file is the last whole one."""
         cells = self.content["cells"].values()
         self.content["torch"] = "; ".join(sorted({cell["versions"]["torch"] for cell in cells}))
         self.content["device"] = "; ".join(sorted({cell["device"] for cell in cells}))
+        self.content["minutes"] = round(sum(cell["minutes"] for cell in cells), 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.content, indent=1) + "\n"
         train_glue.atomically(self.path, lambda part: part.write_text(text))

@@ -332,7 +332,7 @@ def test_columns_are_found_by_their_kind() -> None:
         ("no targets", "target_modules: no module matches 'nothing'"),
         ("half", "--model and --data go together"),
         ("twice", "has one twice"),
-        ("other settings", "has runs with another d, epochs: delete it, or name another --output"),
+        ("other settings", "has runs with another d, epochs: delete it, or write to another file"),
     ],
 )
 def test_errors_are_one_line(

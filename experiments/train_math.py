@@ -33,7 +33,6 @@ import random
 import re
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -289,7 +288,6 @@ def train(
 def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path) -> dict[str, Any]:
     """Train, save the adapter, and evaluate; for GPart the file's, with merged weights."""
     rows, dev, tests = data
-    began = time.monotonic()
     model = build(bench.args, method, seed)
     train(bench, model, rows, lr, seed, folder)
     trained = train_glue.trainable(model)
@@ -308,7 +306,7 @@ def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
     result |= {"dev": bench.loss(model, dev), "test": bench.report(model, tests)}
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    return result | {"minutes": round((time.monotonic() - began) / 60, 2)}
+    return result
 
 
 def best_rate(start: float, loss_at: Callable[[float], float]) -> float:

@@ -35,7 +35,6 @@ import math
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -317,7 +316,7 @@ def fit(trainer: Trainer) -> float:
 
 def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[str, Any]:
     """One cell: train, and report on the test split with what the adapter file holds."""
-    began, folder = time.monotonic(), job.work / cell_name(method, rates, seed)
+    folder = job.work / cell_name(method, rates, seed)
     model = build(job, method, seed)
     trainer = prepare_trainer(model, job.splits, vars(job.args), folder, rates, seed)
     result: dict[str, Any] = {"dev": fit(trainer), "test": None}
@@ -339,7 +338,7 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
     result["step"] = int(str(trainer.state.best_model_checkpoint).rpartition("-")[2])
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
-    return result | {"minutes": round((time.monotonic() - began) / 60, 2)}
+    return result
 
 
 # --- The job ---
