@@ -143,7 +143,7 @@ def same_answer(got: str, expected: str) -> bool:
 
 
 # --- Model ---
-def source(name: str) -> tuple[str, dict[str, str]]:
+def source(name: str) -> tuple[str, dict[str, Any]]:
     """Where from_pretrained finds name: for SmolLM2 in the PyPI package, if its bytes are right."""
     if name != SMOLLM:
         return name, {}
@@ -160,8 +160,9 @@ def source(name: str) -> tuple[str, dict[str, str]]:
 def pretrained(name: str) -> Any:
     """The model in float32, read once: a GGUF file takes half a minute."""
     path, options = source(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).float()
-    if hasattr(model, "hf_quantizer"):  # float by now, but marked in a way the Trainer refuses
+    options["dtype"] = torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    if hasattr(model, "hf_quantizer"):  # float32 by now, but marked in a way the Trainer refuses
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = name
     return model
