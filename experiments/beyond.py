@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of what lies beyond GLUE, from the result files of three scripts.
+
+    python -m experiments.beyond
+
+Trains nothing: the numbers are those of results/math.json (train_math.py), results/vision.json
+(train_vision.py) and results/algebra.json (algebra.py), medians ± standard deviations of the seeds
+where there is more than one. Writes results/beyond.md.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+METHODS = ("gpart", "unilora", "lora", "head")
+ALGEBRA = "`python -m experiments.algebra --data-dir glue`"
+COMBINED = {
+    "seed 0": "one seed",
+    "seed 1": "another",
+    "mean of both seeds, heads too": "the mean of both thetas (and heads)",
+    "sum of both tasks": "plus the other task's theta",
+}
+HEADS = "| | GPart | Uni-LoRA | LoRA | compare | command |"
+
+
+def read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return content
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.median(values):.{digits}f}{deviation}"
+
+
+def chosen(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """The cells of a method at its learning rate; none if it was not run."""
+    names = content["chosen"].get(method, {"cells": []})["cells"]
+    return [content["cells"][name] for name in names]
+
+
+def row(name: str, values: dict[str, str], command: str = "") -> str:
+    return f"| {name} | {' | '.join(values.get(method, '') for method in METHODS)} | {command} |"
+
+
+def language(content: dict[str, Any]) -> list[str]:
+    steps, d = content["settings"]["max_steps"], content["settings"]["d"]
+    (test,) = content["cells"]["none"]["test"]
+    texts = {"head": f"{content['cells']['none']['test'][test]['loss']:.4f}, pretrained"}
+    for method in METHODS:
+        if cells := chosen(content, method):
+            texts[method] = spread([cell["test"][test]["loss"] for cell in cells], 4)
+    name = f"SmolLM2-135M on GSM8K, {steps} steps, {d:,} trained: loss of an answer's token"
+    return [row(name, texts, "`python -m experiments.train_math --train … --test … --bf16`")]
+
+
+def vision(content: dict[str, Any]) -> list[str]:
+    texts = {
+        method: spread([100 * cell["test"] for cell in cells], 1)
+        for method in METHODS
+        if (cells := chosen(content, method))
+    }
+    texts["head"] += ", head alone"
+    name = (
+        f"a small ViT on turned digits, {content['settings']['d']:,} trained: accuracy in percent"
+    )
+    return [row(name, texts, "`python -m experiments.train_vision`")]
+
+
+def algebra(content: dict[str, Any]) -> list[str]:
+    found = {name: cell["found"] for name, cell in content["cells"].items()}
+    ratios = {}
+    for method in ("gpart", "lora"):
+        pairs = found["geometry"][method].values()
+        both = [p["coordinates"]["distance"] / p["update"]["distance"] for p in pairs]
+        ratios[method] = f"{min(both):.3f} to {max(both):.3f}"
+    gauge = found["gauge"]
+    moved = gauge["c = 10"]["factors"]["distance"] / gauge["norms"]["factors"]
+    lines = [
+        row("distance of two adapters: of what is trained / of the updates", ratios, ALGEBRA),
+        row(
+            "the same update again: how far, in norms of what is trained", {"lora": f"{moved:.1f}"}
+        ),
+    ]
+    for task, metric in (("stsb", "STS-B, Pearson"), ("sst2", "SST-2, accuracy")):
+        one = found["combine"][task]
+        alone = f"{one['head of seed 0 alone']:.3f}, head alone"
+        for what, name in COMBINED.items():
+            texts = {"gpart": f"{one[what]:.3f}", "head": alone if what == "seed 0" else ""}
+            lines.append(row(f"{metric}: {name}", texts))
+    for source, rows in found["project"].items():
+        near, whole = rows[f"d = {content['settings']['d']:,}"], rows["all of it"]
+        texts = {"gpart": f"{near['metric']:.3f}", "head": f"{whole['metric']:.3f}, not projected"}
+        share = f"{100 * near['norm']:.0f} % of its norm"
+        lines.append(row(f"STS-B: {source}, projected ({share})", texts))
+    nested = found["nest"]
+    stayed, moved_on = (value for name, value in nested.items() if "steps more" in name)
+    coarse, steps = content["settings"]["coarse"], content["settings"]["steps"]
+    lines.append(
+        row(
+            f"STS-B: d = {coarse:,} embedded in {content['settings']['d']:,}",
+            {"gpart": f"{nested['embedded']:.3f}", "head": f"{nested['before']:.3f}, before"},
+        )
+    )
+    lines.append(
+        row(
+            f"{steps} steps more there",
+            {"gpart": f"{moved_on:.3f}", "head": f"{stayed:.3f}, not embedded"},
+        )
+    )
+    return lines
+
+
+def table() -> str:
+    lines = [HEADS, "|---" * (len(METHODS) + 2) + "|"]
+    for name, part in (("math", language), ("vision", vision), ("algebra", algebra)):
+        lines += part(read(name))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    text = f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n"
+    (HERE / "results" / "beyond.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
