@@ -82,7 +82,8 @@ def algebra(content: dict[str, Any]) -> list[str]:
     lines = [
         row("distance of two adapters: of what is trained / of the updates", ratios, ALGEBRA),
         row(
-            "the same update again: how far, in norms of what is trained", {"lora": f"{moved:.1f}"}
+            "(B, A) to (10 B, A/10), the same update: distance, in norms of (B, A)",
+            {"lora": f"{moved:.1f}"},
         ),
     ]
     for task, metric in (("stsb", "STS-B, Pearson"), ("sst2", "SST-2, accuracy")):
@@ -114,6 +115,33 @@ def algebra(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def margins() -> str:
+    """GPart minus each other method, a seed at a time: mean ± standard deviation."""
+
+    def loss(cell: dict[str, Any]) -> float:
+        (test,) = cell["test"].values()
+        return float(test["loss"])
+
+    def accuracy(cell: dict[str, Any]) -> float:
+        return 100 * float(cell["test"])
+
+    lines = ["| GPart minus | Uni-LoRA | LoRA | head alone |", "|---|---|---|---|"]
+    for name, content, score, digits in (
+        ("SmolLM2: loss", read("math"), loss, 4),
+        ("ViT: accuracy in percent", read("vision"), accuracy, 1),
+    ):
+        own, texts = [score(cell) for cell in chosen(content, "gpart")], []
+        for method in METHODS[1:]:
+            other, text = [score(cell) for cell in chosen(content, method)], ""
+            if other:
+                pairs = [a - b for a, b in zip(own, other, strict=True)]
+                mean, deviation = statistics.mean(pairs), statistics.stdev(pairs)
+                text = f"{mean:+.{digits}f} ± {deviation:.{digits}f}"
+            texts.append(text)
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     lines = [HEADS, "|---" * (len(METHODS) + 2) + "|"]
     for name, part in (("math", language), ("vision", vision), ("algebra", algebra)):
@@ -122,7 +150,7 @@ def table() -> str:
 
 
 def main() -> None:
-    text = f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n"
+    text = f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n\n{margins()}\n"
     (HERE / "results" / "beyond.md").write_text(text)
     print(text)
 

@@ -22,6 +22,7 @@ import train_glue
 from experiments import (
     algebra,
     bench,
+    beyond,
     decay,
     dimension,
     glue_table,
@@ -243,6 +244,26 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
     """A run that diverged is on no plateau."""
     cells = [(16, 0.5), (90, 0.791), (360, 0.8), (1440, None), (5760, 0.795)]
     assert dimension.plateau([(d, {"metric": m}) for d, m in cells]) == [90, 360, 5760]
+
+
+# --- Beyond GLUE ---
+def test_readme_has_the_table_beyond_glue() -> None:
+    """Every number of it from the three result files."""
+    table = beyond.table()
+    assert table in (mutants.ROOT / "README.md").read_text()
+    assert table in (RESULTS / "beyond.md").read_text()
+
+
+def test_algebra_holds_on_real_adapters() -> None:
+    """Distances and cosines of theta are those of the updates; of LoRA's factors they are not."""
+    cells = json.loads((RESULTS / "algebra.json").read_text())["cells"]
+    found = {name: cell["found"] for name, cell in cells.items()}
+    for pair in found["geometry"]["gpart"].values():
+        assert pair["coordinates"] == pytest.approx(pair["update"], rel=1e-6, abs=1e-6)
+    for pair in found["geometry"]["lora"].values():
+        assert pair["coordinates"]["distance"] > 1.1 * pair["update"]["distance"]
+    assert found["nest"]["update changed by"] < 1e-6
+    assert found["gauge"]["c = 10"]["update"]["distance"] < 1e-6 * found["gauge"]["norms"]["update"]
 
 
 # --- Decay and landscape ---
