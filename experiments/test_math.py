@@ -240,6 +240,12 @@ def test_smollm2_is_a_plain_float32_model() -> None:
     train_math.pretrained.cache_clear()  # half a gigabyte
 
 
+def test_readme_has_the_table() -> None:
+    """Of the file that is there."""
+    content = json.loads((train_math.HERE / "results" / "math.json").read_text())
+    assert train_math.table(content) in (train_math.HERE / "README.md").read_text()
+
+
 # --- The Trainer on an attached model ---
 class Killed(transformers.TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
