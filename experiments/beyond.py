@@ -9,12 +9,14 @@ where there is more than one. Writes results/beyond.md.
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("gpart", "unilora", "lora", "head")
+SCRIPTS = {"math": "train_math", "vision": "train_vision", "algebra": "algebra"}
 ALGEBRA = "`python -m experiments.algebra --data-dir glue`"
 COMBINED = {
     "seed 0": "one seed",
@@ -26,8 +28,20 @@ HEADS = "| | GPart | Uni-LoRA | LoRA | compare | command |"
 
 
 def read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    path = HERE / "results" / f"{name}.json"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run experiments.{SCRIPTS[name]} first")
+    content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def loss(cell: dict[str, Any]) -> float:
+    """Of an answer's token; nan if the run diverged."""
+    return float(next(iter(cell["test"].values()))["loss"]) if cell["test"] else math.nan
+
+
+def accuracy(cell: dict[str, Any]) -> float:
+    return math.nan if cell["test"] is None else 100 * float(cell["test"])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -48,18 +62,17 @@ def row(name: str, values: dict[str, str], command: str = "") -> str:
 
 def language(content: dict[str, Any]) -> list[str]:
     steps, d = content["settings"]["max_steps"], content["settings"]["d"]
-    (test,) = content["cells"]["none"]["test"]
-    texts = {"head": f"{content['cells']['none']['test'][test]['loss']:.4f}, pretrained"}
+    texts = {"head": f"{loss(content['cells']['none']):.4f}, pretrained"}
     for method in METHODS:
         if cells := chosen(content, method):
-            texts[method] = spread([cell["test"][test]["loss"] for cell in cells], 4)
+            texts[method] = spread([loss(cell) for cell in cells], 4)
     name = f"SmolLM2-135M on GSM8K, {steps} steps, {d:,} trained: loss of an answer's token"
     return [row(name, texts, "`python -m experiments.train_math --train … --test … --bf16`")]
 
 
 def vision(content: dict[str, Any]) -> list[str]:
     texts = {
-        method: spread([100 * cell["test"] for cell in cells], 1)
+        method: spread([accuracy(cell) for cell in cells], 1)
         for method in METHODS
         if (cells := chosen(content, method))
     }
@@ -117,14 +130,6 @@ def algebra(content: dict[str, Any]) -> list[str]:
 
 def margins() -> str:
     """GPart minus each other method, a seed at a time: mean ± standard deviation."""
-
-    def loss(cell: dict[str, Any]) -> float:
-        (test,) = cell["test"].values()
-        return float(test["loss"])
-
-    def accuracy(cell: dict[str, Any]) -> float:
-        return 100 * float(cell["test"])
-
     lines = ["| GPart minus | Uni-LoRA | LoRA | head alone |", "|---|---|---|---|"]
     for name, content, score, digits in (
         ("SmolLM2: loss", read("math"), loss, 4),

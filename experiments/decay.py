@@ -141,7 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = runs.Record(HERE / "results" / "decay.json", SETTINGS)
-    kinds = {kind: curves(record, args.data_dir, kind) for kind in DECAYS}
+    try:
+        kinds = {kind: curves(record, args.data_dir, kind) for kind in DECAYS}
+    except ValueError as error:  # no data there
+        parser.error(str(error))
     parts = [
         "# Weight decay with and without isometry",
         f"`python -m experiments.decay --data-dir glue`: {record.ran_on}; one seed.",

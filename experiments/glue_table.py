@@ -116,14 +116,20 @@ def trained(
     args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
 ) -> tuple[dict[str, Any], list[str], Path]:
     """(train_glue.py's results, its command line, the folder with the adapter) of one run, which
-    is trained, or goes on where it was killed, unless it is in the folder already."""
+    is trained, or goes on where it was killed, unless it is in the folder already. SystemExit with
+    train_glue.py's message for what it refuses."""
     import train_glue
 
     output = Path(args.work, cell(task, method, rate, seed, d).stem)
     line = command(task, method, rate, seed, d)
     line += ["--data-dir", args.data_dir, "--output", str(output), "--resume"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return train_glue.main(line), line, output
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        try:
+            return train_glue.main(line), line, output
+        except SystemExit as error:
+            said = errors.getvalue().strip().splitlines()
+            raise SystemExit(said[-1] if error.code == 2 and said else error.code) from None
 
 
 def run(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evidence is only as good as its scripts."""
 
+import argparse
 import json
 import re
 import sys
@@ -229,6 +230,15 @@ def test_finished_cells_are_not_run_again(cells: Any, monkeypatch: pytest.Monkey
     cells("rte", "head", 1e-3, 2, 0.6)
     assert glue_table.run(None, "rte", "head", 1e-3, 2)["metric"] == 0.6
     glue_table.run_all(None, [("rte", "head", 1e-3, 2)])
+
+
+def test_a_run_that_is_refused_says_why(tmp_path: Path) -> None:
+    """train_glue.py's own words, though its output is swallowed."""
+    args = argparse.Namespace(data_dir=str(tmp_path / "none"), work=str(tmp_path))
+    with pytest.raises(SystemExit, match=r"train_glue.* no file .*--data-dir takes"):
+        glue_table.trained(args, "stsb", "gpart", 0.1, 0)
+    with pytest.raises(RuntimeError, match=r"stsb-gpart-lr0.1-seed7: .* no file "):
+        glue_table.run(args, "stsb", "gpart", 0.1, 7)
 
 
 def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
