@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("gpart", "unilora", "lora", "head")
+METHODS = ("gpart", "unilora", "lora", "head")  # whose column has other comparisons too
 SCRIPTS = {"math": "train_math", "vision": "train_vision", "algebra": "algebra"}
 ALGEBRA = "`python -m experiments.algebra --data-dir glue`"
 COMBINED = {
@@ -111,18 +111,18 @@ def algebra(content: dict[str, Any]) -> list[str]:
         share = f"{100 * near['norm']:.0f} % of its norm"
         lines.append(row(f"STS-B: {source}, projected ({share})", texts))
     nested = found["nest"]
-    stayed, moved_on = (value for name, value in nested.items() if "steps more" in name)
-    coarse, steps = content["settings"]["coarse"], content["settings"]["steps"]
+    d, coarse, steps = (content["settings"][key] for key in ("d", "coarse", "steps"))
+    stayed, went_on = (nested[f"{steps} steps more at d = {size:,}"] for size in (coarse, d))
     lines.append(
         row(
-            f"STS-B: d = {coarse:,} embedded in {content['settings']['d']:,}",
+            f"STS-B: d = {coarse:,} embedded in {d:,}",
             {"gpart": f"{nested['embedded']:.3f}", "head": f"{nested['before']:.3f}, before"},
         )
     )
     lines.append(
         row(
             f"{steps} steps more there",
-            {"gpart": f"{moved_on:.3f}", "head": f"{stayed:.3f}, not embedded"},
+            {"gpart": f"{went_on:.3f}", "head": f"{stayed:.3f}, not embedded"},
         )
     )
     return lines

@@ -30,6 +30,7 @@ from experiments import (
     landscape,
     model_card,
     peers,
+    runs,
     scaling,
 )
 
@@ -266,7 +267,9 @@ def test_readme_has_the_table_beyond_glue() -> None:
 
 def test_algebra_holds_on_real_adapters() -> None:
     """Distances and cosines of theta are those of the updates; of LoRA's factors they are not."""
-    cells = json.loads((RESULTS / "algebra.json").read_text())["cells"]
+    record = runs.Record(RESULTS / "algebra.json", {})
+    assert algebra.render(record) == (RESULTS / "algebra.md").read_text()
+    cells = record.content["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
     for pair in found["geometry"]["gpart"].values():
         assert pair["coordinates"] == pytest.approx(pair["update"], rel=1e-6, abs=1e-6)
@@ -294,6 +297,30 @@ def test_decay_refuses_to_guess_beyond_its_points() -> None:
     curve = [(0.0, 3.0), (1.0, 2.9), (10.0, 2.8)]
     with pytest.raises(ValueError, match="no crossing of 1 in"):
         decay.crossing(curve, 1.0)
+
+
+def test_decay_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decay that works as expected is found to, and a second call trains nothing."""
+    trained = []
+
+    def train(data_dir: str, method: str, kind: str, wd: float) -> dict[str, float]:
+        trained.append((method, kind, wd))
+        middle = {"Adam": 1e-5, "AdamW": 3.0}[kind]
+        middle *= 1.0 if method == "gpart" else decay.EXPECTED[kind]
+        return {"norm": 1 / (1 + wd / middle)}
+
+    monkeypatch.setattr(decay, "train", train)
+    monkeypatch.setattr(decay, "HERE", tmp_path)
+    for folder in ("results", "figures"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(sys, "argv", ["decay", "--data-dir", "glue"])
+    for _ in range(2):
+        decay.main()
+        assert len(trained) == len({*trained}) == 24
+    rows = (tmp_path / "results" / "decay.md").read_text().splitlines()
+    assert any(row.startswith("| Adam | N/d = 76.8 | 76.8 |") for row in rows)
+    assert any(row.startswith("| AdamW | sqrt(N/d) = 8.76 | 8.76 |") for row in rows)
+    assert (tmp_path / "figures" / "decay.png").exists()
 
 
 class Quadratic(torch.nn.Module):
@@ -353,6 +380,8 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
     ratios = [result["ratio"] for result in found.values()]
     assert ratios == pytest.approx(ratios[:1] * 2, rel=1e-3)
     assert json.loads(json.dumps(found[True])) == found[True]
+    table = landscape.table({"gpart": found[True], "unilora": found[False]}).splitlines()
+    assert table[-1].startswith(f"| top eigenvectors, the same | {top[0]:.3g}")
 
 
 # --- Algebra ---
