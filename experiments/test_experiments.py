@@ -108,6 +108,14 @@ def test_scaling_refuses_a_formula_that_is_off() -> None:
 
 
 # --- The grid ---
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the precision of its first user in the process, and refuses another one."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """put(task, method, rate, seed, metric): a finished cell, in a folder of its own."""
@@ -415,16 +423,7 @@ def test_other_gauge_has_the_same_update() -> None:
         torch.testing.assert_close(dw, update[name])
 
 
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of its first user in the process for ever."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_accelerate")
 def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters of one step on the toy tasks already obey the laws that the results are about."""
     read_data = train_glue.read_data
