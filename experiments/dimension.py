@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments import glue_table as glue
 
+TASKS = ("stsb", "sst2")
 SIZES = [16, 90, 360, 1440, 5760, 23040, 92160, 368640, glue.N]
 MOST = {"unilora": 4 * (384 + 384) * 12}  # numbers in the rank-4 factors of 12 matrices
 CURVES = {"fixed": "gpart", "scaled": "gpart", "unilora": "unilora"}
@@ -53,43 +54,59 @@ def plateau(cells: list[tuple[int, dict[str, Any]]], within: float = 0.01) -> li
     return [d for d, value in values.items() if value >= max(values.values()) - within]
 
 
-def render() -> str:
-    figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+def table() -> str:
+    """A row for each task and curve, in percent."""
     lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " | within a point |"]
     lines.append("|---" * (len(SIZES) + 3) + "|")
-    minutes = 0.0
-    for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
-        for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
+    for task in TASKS:
+        for curve in CURVES:
             cells = found(task, curve)
-            minutes += sum(c.get("minutes", 0) for d, c in cells if d != glue.D)  # glue_table's own
-            points_of = [(d, c["metric"]) for d, c in cells if c["metric"] is not None]
-            if points_of:
-                look = {"color": glue.COLORS[CURVES[curve]], "label": LABELS[curve]}
-                axis.semilogx(*zip(*points_of, strict=True), style, **look)
             texts = {
                 d: "diverged" if c["metric"] is None else f"{100 * c['metric']:.1f}"
                 for d, c in cells
             }
-            good = ", ".join(f"{d:,}" for d in plateau(cells))
             values = " | ".join(texts.get(d, "") for d in SIZES)
+            good = ", ".join(f"{d:,}" for d in plateau(cells))
             lines.append(f"| {glue.TASKS[task]} | {curve} | {values} | {good} |")
+    return "\n".join(lines)
+
+
+def took() -> str:
+    """Of the runs that are not glue_table.py's own."""
+    every = [cell for task in TASKS for curve in CURVES for cell in found(task, curve)]
+    minutes = {str(c["settings"]): c["minutes"] for d, c in every if d != glue.D and "minutes" in c}
+    return f"{len(minutes)} runs, {sum(minutes.values()):.0f} minutes in sum"
+
+
+def plot() -> None:
+    figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for axis, task in zip(axes, TASKS, strict=True):
+        for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
+            ends = [(d, c["metric"]) for d, c in found(task, curve) if c["metric"] is not None]
+            if ends:
+                look = {"color": glue.COLORS[CURVES[curve]], "label": LABELS[curve]}
+                axis.semilogx(*zip(*ends, strict=True), style, **look)
         axis.set(xlabel="d", ylabel=f"validation, {glue.TASKS[task]}")
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(glue.HERE / "figures" / "dimension.png", dpi=150)
+
+
+def render() -> str:
     rates = {c: ", ".join(dict.fromkeys(f"{rate:g}" for _, rate in points(c))) for c in CURVES}
     text = f"""# The metric against d
 
-`python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: the validation
-metric in percent, one seed, {minutes:.0f} minutes in sum. The last column has the sizes that are at
-most one point below the curve's best.
+`python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: {took()}, one
+CPU thread each, one seed. The validation metric in percent; the last column has the sizes that are
+at most one point below the curve's best.
 
-{chr(10).join(lines)}
+{table()}
 
 Learning rates, from the smallest d on: {"; ".join(f"{c} {r}" for c, r in rates.items())}.
 """
     (glue.HERE / "results" / "dimension.md").write_text(text)
+    plot()
     return text
 
 
@@ -97,10 +114,7 @@ def main() -> None:
     args = glue.parse(__doc__)
     if not args.render:
         cells = [
-            (task, curve, *point)
-            for curve in CURVES
-            for point in points(curve)
-            for task in ("stsb", "sst2")
+            (task, curve, *point) for curve in CURVES for point in points(curve) for task in TASKS
         ]
         glue.run_all(args, [(task, CURVES[curve], rate, 0, d) for task, curve, d, rate in cells])
     print(render())

@@ -265,6 +265,28 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
     assert dimension.plateau([(d, {"metric": m}) for d, m in cells]) == [90, 360, 5760]
 
 
+def test_readme_has_the_tables_of_the_files() -> None:
+    """Of dimension, landscape and decay: every number, and what it was measured with."""
+    around, decays = (runs.Record(RESULTS / f"{name}.json", {}) for name in ("landscape", "decay"))
+    names = {*decays.content["cells"]}
+    kinds = {kind: decay.curves(decays, "nowhere", kind) for kind in decay.DECAYS}
+    assert names == {*decays.content["cells"]}  # nothing was trained
+    tables = {
+        "dimension": dimension.table(),
+        "landscape": landscape.table(around.content["cells"]),
+        "decay": decay.table(kinds),
+    }
+    readme = (mutants.ROOT / "README.md").read_text()
+    for name, table in tables.items():
+        rendered = (RESULTS / f"{name}.md").read_text()
+        assert table in rendered
+        assert table in readme
+        assert rendered.splitlines()[2] in readme
+    assert dimension.took() in readme
+    assert around.ran_on in readme
+    assert decays.ran_on in readme
+
+
 # --- Beyond GLUE ---
 def test_readme_has_the_table_beyond_glue() -> None:
     """Every number of it from the three result files."""
