@@ -438,7 +438,7 @@ def parser() -> Parser:
     p.add_argument("--max-length", type=count, help="tokens kept of a row (128)")
     p.add_argument("--batch-size", type=count, default=32, help="rows in a step (32)")
     p.add_argument("--lr", type=rate, help="lr of theta (5e-3; at another --d a good rate times "
-                   "sqrt(23040/d)), or of what else the method trains but the head (the published one)")
+                   "sqrt(23040/d)), or of what else the method trains but the head (published)")
     p.add_argument("--head-lr", type=rate, help="lr of the head (1e-3)")
     p.add_argument("--weight-decay", type=float, default=0.1, help="on theta, 0 or more (0.1)")
     p.add_argument("--max-train-samples", type=count, help="use so many training rows at most")
