@@ -164,6 +164,9 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         texts = [value if isinstance(value, str) else f"{value:.3g}" for value in values]
         return f"| {name} | {' | '.join(texts)} |"
 
+    def bent(cell: dict[str, Any]) -> int:
+        return sum(curvature <= 0 for curvature in cell["curvatures"])
+
     every = [cells[method] for method in METHODS]
     means = [statistics.mean(c["curvatures"]) for c in every]
     lists = {
@@ -179,9 +182,10 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         row("mean loss on the grid", *[float(np.mean(c["grids"])) for c in every]),
         row("largest loss on the grid", *[float(np.max(c["grids"])) for c in every]),
         row(f"curvature, mean of {DIRECTIONS} directions", *means),
-        row("largest / smallest", *[c["ratio"] or "one is not positive" for c in every]),
+        row("largest / smallest", *[c["ratio"] or f"{bent(c)} not positive" for c in every]),
         row("deviation / mean", *[c["spread"] for c in every]),
         row("top eigenvalues", *lists["top"]),
+        row("first of them / mean", *[c["top"][0] / m for c, m in zip(every, means, strict=True)]),
         row(
             "weights moved by a unit step, random direction",
             *[f"{min(c['moved']):.3g} to {max(c['moved']):.3g}" for c in every],
