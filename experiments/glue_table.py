@@ -243,7 +243,7 @@ def majority(task: str) -> str:
 
 
 def table(seeds_of: dict[str, tuple[int, ...]]) -> str:
-    """{method: seeds} -> a row for each: median, and ± the deviation of more than one seed."""
+    """{method: seeds} -> a row for each there is: median, and ± the deviation of several seeds."""
     lines = [
         f"| method | trained | lr | {' | '.join(TASKS.values())} | average |",
         "|---" * (len(TASKS) + 4) + "|",
@@ -251,6 +251,8 @@ def table(seeds_of: dict[str, tuple[int, ...]]) -> str:
     ]
     for method, seeds in seeds_of.items():
         one = row(method, seeds)
+        if not one["tasks"]:  # its rates are still being searched
+            continue
         cells = []
         for task in TASKS:
             median, spread, count = one["tasks"].get(task, (None, None, 0))
