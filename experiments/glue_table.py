@@ -349,6 +349,8 @@ def parse(doc: str | None) -> argparse.Namespace:
     args = p.parse_args()
     if not args.render and not args.data_dir:
         p.error("--data-dir names the folder of GLUE's TSV files; --render runs nothing")
+    if args.data_dir and not Path(args.data_dir).is_dir():  # or each cell would say so, one by one
+        p.error(f"--data-dir {args.data_dir}: no such folder; it takes that of GLUE's TSV files")
     return args
 
 

@@ -250,6 +250,18 @@ def test_a_run_that_is_refused_says_why(tmp_path: Path) -> None:
         glue_table.run(args, "stsb", "gpart", 0.1, 7)
 
 
+def test_a_folder_that_is_not_there_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a process is started for any cell; a folder that is there is taken."""
+    monkeypatch.setattr(sys, "argv", ["glue_table", "--data-dir", str(tmp_path)])
+    assert glue_table.parse(None).data_dir == str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["glue_table", "--data-dir", str(tmp_path / "none")])
+    with pytest.raises(SystemExit):
+        glue_table.parse(None)
+    assert "none: no such folder; it takes" in capsys.readouterr().err
+
+
 def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """lr / sqrt(N / d) is the same for every d, up to the three digits a rate is given with."""
     monkeypatch.setattr(glue_table, "best_rate", lambda method: 0.005)
