@@ -38,6 +38,14 @@ SOURCE = (mutants.ROOT / "gpart.py").read_text()
 RESULTS = Path(__file__).parent / "results"
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the precision of its first user in the process, and refuses another one."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("bug", mutants.BUGS)
 def test_named_bugs_are_bugs_of_this_code(bug: str) -> None:
     """Each named bug fits into gpart.py as it is, and leaves valid Python that differs."""
@@ -108,14 +116,6 @@ def test_scaling_refuses_a_formula_that_is_off() -> None:
 
 
 # --- The grid ---
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of its first user in the process, and refuses another one."""
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """put(task, method, rate, seed, metric): a finished cell, in a folder of its own."""
