@@ -4,11 +4,12 @@
     python -m experiments.landscape --data-dir glue
 
 all-MiniLM-L6-v2 on STS-B, GPart and Uni-LoRA at d = 23,040, each trained by train_glue.py at its
-best rate of glue_table.py. The loss is the mean squared error on the first 256 rows of the
-validation set, as a function of the vector theta alone; the head stays.
+best rate of glue_table.py, with three seeds. The loss is the mean squared error on the first 256
+rows of the validation set, as a function of the vector theta alone; the head stays.
 
     grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d and x, y in
-             -1..1: 9 x 9 points, three seeds of directions; one colour scale for both methods
+             -1..1: 9 x 9 points, three seeds of directions; in the picture those of the first seed
+             of training, with one colour scale for both methods
     ratio    largest over smallest curvature u^T H u of 32 random unit directions u, which says
              nothing where one of them is not positive; spread, their deviation over their mean
     top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
@@ -17,12 +18,14 @@ validation set, as a function of the vector theta alone; the head stays.
              u^T H u / |J u|^2, which does not depend on the units of theta
 
 H is that of the plain path: fused=False, and attention by plain products, for second derivatives.
-Writes results/landscape.json, results/landscape.md and figures/landscape.png; a method that is in
+Writes results/landscape.json, results/landscape.md and figures/landscape.png; a solution that is in
 the first is not measured again.
 """
 
 import argparse
+import itertools
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +54,11 @@ SETTINGS = {"rows": ROWS, "side": SIDE, "directions": DIRECTIONS, "seeds": [*SEE
 class Loss:
     """A trained model's validation loss as a function of theta."""
 
-    def __init__(self, args: argparse.Namespace, method: str) -> None:
+    def __init__(self, args: argparse.Namespace, method: str, seed: int) -> None:
         rate = glue.best_rate(method)
         if rate is None:
             raise SystemExit(f"{method} has no rate yet: run experiments.glue_table first")
-        results, command, output = glue.trained(args, "stsb", method, rate, 0)
+        results, command, output = glue.trained(args, "stsb", method, rate, seed)
         self.metric = results["median"]
         args = train_glue.parser().parse_args(command)
         rows = train_glue.read_data(args)[1][:ROWS]
@@ -157,56 +160,64 @@ def measure(loss: Loss) -> dict[str, Any]:
     }
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
-    """A column for each method."""
+def rises(cell: dict[str, Any]) -> list[float]:
+    """Mean loss on a grid minus the solution's, for each seed of directions."""
+    return [float(np.mean(grid)) - float(cell["loss"]) for grid in cell["grids"]]
 
-    def row(name: str, *values: Any) -> str:
-        texts = [value if isinstance(value, str) else f"{value:.3g}" for value in values]
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """A column for each method, in each a number for each seed of training; then their ratios."""
+
+    def row(name: str, value: Callable[[dict[str, Any]], Any], compare: bool = False) -> str:
+        columns = [[value(cells[f"{method}-{seed}"]) for seed in SEEDS] for method in METHODS]
+        columns.append([b / a for a, b in zip(*columns, strict=True)] if compare else [])
+        texts = [", ".join(x if isinstance(x, str) else f"{x:.3g}" for x in c) for c in columns]
         return f"| {name} | {' | '.join(texts)} |"
 
-    def bent(cell: dict[str, Any]) -> int:
-        return sum(curvature <= 0 for curvature in cell["curvatures"])
+    def ratio(cell: dict[str, Any]) -> Any:
+        return cell["ratio"] or f"{sum(c <= 0 for c in cell['curvatures'])} not positive"
 
-    every = [cells[method] for method in METHODS]
-    means = [statistics.mean(c["curvatures"]) for c in every]
-    lists = {
-        key: [", ".join(f"{x:.3g}" for x in c[key]) for c in every]
-        for key in ("top", "moved along top", "top per weight distance")
-    }
+    def span(cell: dict[str, Any]) -> str:
+        return f"{min(cell['moved']):.3g} to {max(cell['moved']):.3g}"
+
+    def mean(cell: dict[str, Any]) -> float:
+        return statistics.mean(cell["curvatures"])
+
+    names = [glue.NAMES[method] for method in METHODS]
     lines = [
-        f"| | {' | '.join(glue.NAMES[method] for method in METHODS)} |",
-        "|---" * (len(METHODS) + 1) + "|",
-        row("Pearson, all of the validation set", *[c["metric"] for c in every]),
-        row(f"loss, {ROWS} rows", *[c["loss"] for c in every]),
-        row("norm of theta", *[c["norm of theta"] for c in every]),
-        row("mean loss on the grid", *[float(np.mean(c["grids"])) for c in every]),
-        row("largest loss on the grid", *[float(np.max(c["grids"])) for c in every]),
-        row(f"curvature, mean of {DIRECTIONS} directions", *means),
-        row("largest / smallest", *[c["ratio"] or f"{bent(c)} not positive" for c in every]),
-        row("deviation / mean", *[c["spread"] for c in every]),
-        row("top eigenvalues", *lists["top"]),
-        row("first of them / mean", *[c["top"][0] / m for c, m in zip(every, means, strict=True)]),
-        row(
-            "weights moved by a unit step, random direction",
-            *[f"{min(c['moved']):.3g} to {max(c['moved']):.3g}" for c in every],
-        ),
-        row("along the top eigenvectors", *lists["moved along top"]),
+        f"| seeds {', '.join(map(str, SEEDS))} | {' | '.join(names)} | {' / '.join(names[::-1])} |",
+        "|---" * (len(METHODS) + 2) + "|",
+        row("Pearson, all of the validation set", lambda c: c["metric"]),
+        row(f"loss, {ROWS} rows", lambda c: c["loss"]),
+        row("norm of theta", lambda c: c["norm of theta"]),
+        row("mean rise of the loss on the grid", lambda c: statistics.mean(rises(c)), True),
+        row("its deviation over directions", lambda c: statistics.stdev(rises(c))),
+        row("largest loss on the grid", lambda c: float(np.max(c["grids"])), True),
+        row(f"curvature, mean of {DIRECTIONS} directions", mean, True),
+        row("largest / smallest of them", ratio),
+        row("their deviation / mean", lambda c: c["spread"]),
+        row("largest eigenvalue", lambda c: c["top"][0], True),
+        row("largest eigenvalue / mean curvature", lambda c: c["top"][0] / mean(c)),
+        row("weights moved by a unit step, random direction", span),
+        row("the same, top eigenvector", lambda c: c["moved along top"][0]),
         row(
             "curvature per squared weight distance, mean",
-            *[c["curvature per weight distance"] for c in every],
+            lambda c: c["curvature per weight distance"],
+            True,
         ),
-        row("top eigenvectors, the same", *lists["top per weight distance"]),
+        row("the same, top eigenvector", lambda c: c["top per weight distance"][0], True),
     ]
     return "\n".join(lines)
 
 
 def plot(results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True)
-    every = np.array([results[method]["grids"] for method in METHODS])
+    grids = {method: np.array(results[f"{method}-0"]["grids"]) for method in METHODS}
+    every = np.array(list(grids.values()))
     norm = matplotlib.colors.LogNorm(every.min(), every.max())
     for line, method in zip(axes, METHODS, strict=True):
         for axis, seed in zip(line, SEEDS, strict=True):
-            grid = np.array(results[method]["grids"][seed])
+            grid = grids[method][seed]
             image = axis.imshow(grid, origin="lower", extent=(-1, 1, -1, 1), norm=norm)
             axis.set(title=f"{glue.NAMES[method]}, directions {seed}")
     figure.supxlabel("step along u, in norms of theta")
@@ -222,14 +233,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = runs.Record(HERE / "results" / "landscape.json", SETTINGS)
-    for method in METHODS:
-        record.cell(method, lambda: measure(Loss(args, method)))  # noqa: B023  called at once
+    for seed, method in itertools.product(SEEDS, METHODS):
+        record.cell(f"{method}-{seed}", lambda: measure(Loss(args, method, seed)))  # noqa: B023
     cells = record.content["cells"]
     plot(cells)
     text = f"""# The loss around a trained solution
 
-`python -m experiments.landscape --data-dir glue`: {record.ran_on}; STS-B, d = {glue.D:,}, one seed
-of training, {len(SEEDS)} of directions.
+`python -m experiments.landscape --data-dir glue`: {record.ran_on}; STS-B.
+d = {glue.D:,}, {len(SEEDS)} seeds of training, with each {len(SEEDS)} of directions.
 
 {table(cells)}
 """

@@ -412,7 +412,11 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
         g = gpart.attach(net, d, target_modules="0", isometric=isometric, fused=False)
         loss = landscape.Loss.__new__(landscape.Loss)
         curvature = A if isometric else n * A
-        loss.model, loss.theta, loss.start = Quadratic(curvature, g.theta), g.theta, torch.zeros(d)
+        loss.model, loss.theta, loss.start = (
+            Quadratic(curvature, g.theta),
+            g.theta,
+            landscape.unit(d, 7),
+        )
         loss.model.net, loss.batches, loss.metric = net, [{"offset": 1.0}], 0.5
         found[isometric] = landscape.measure(loss)
     top = torch.linalg.eigvalsh(A).flip(0)[:5].tolist()
@@ -422,8 +426,19 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
     ratios = [result["ratio"] for result in found.values()]
     assert ratios == pytest.approx(ratios[:1] * 2, rel=1e-3)
     assert json.loads(json.dumps(found[True])) == found[True]
-    table = landscape.table({"gpart": found[True], "unilora": found[False]}).splitlines()
-    assert table[-1].startswith(f"| top eigenvectors, the same | {top[0]:.3g}")
+    methods = {"gpart": found[True], "unilora": found[False]}
+    cells = {f"{method}-{seed}": cell for method, cell in methods.items() for seed in range(3)}
+    rows = [line.split(" | ") for line in landscape.table(cells).splitlines()]
+    (scale,) = (row[3] for row in rows if row[0] == "| largest eigenvalue")
+    assert [float(x) for x in scale.rstrip(" |").split(", ")] == pytest.approx([n] * 3, rel=1e-2)
+    same = [float(x) for x in rows[-1][3].rstrip(" |").split(", ")]  # per weight distance
+    assert same == pytest.approx([1] * 3, rel=2e-2)
+
+
+def test_landscape_measures_the_rise_of_the_loss() -> None:
+    """The mean over a grid, above the loss in its middle."""
+    flat, bowl = [[2.0] * 3] * 3, [[4.0, 3.0, 4.0], [3.0, 2.0, 3.0], [4.0, 3.0, 4.0]]
+    assert landscape.rises({"loss": 2.0, "grids": [flat, bowl]}) == pytest.approx([0, 12 / 9])
 
 
 # --- Algebra ---
