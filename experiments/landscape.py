@@ -199,7 +199,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         row("largest eigenvalue", lambda c: c["top"][0], True),
         row("largest eigenvalue / mean curvature", lambda c: c["top"][0] / mean(c)),
         row("weights moved by a unit step, random direction", span),
-        row("the same, top eigenvector", lambda c: c["moved along top"][0]),
+        row("weights moved, top eigenvector", lambda c: c["moved along top"][0]),
         row(
             "curvature per squared weight distance, mean",
             lambda c: c["curvature per weight distance"],
@@ -207,6 +207,21 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         ),
         row("the same, top eigenvector", lambda c: c["top per weight distance"][0], True),
     ]
+    return "\n".join(lines)
+
+
+def spectra(cells: dict[str, dict[str, Any]]) -> str:
+    """A row for each solution, with all the eigenvalues."""
+    heads = {
+        "five largest eigenvalues": "top",
+        "weights moved along them": "moved along top",
+        "curvature per squared weight distance": "top per weight distance",
+    }
+    lines = [f"| method | seed | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for method, seed in itertools.product(METHODS, SEEDS):
+        cell = cells[f"{method}-{seed}"]
+        texts = [", ".join(f"{x:.3g}" for x in cell[key]) for key in heads.values()]
+        lines.append(f"| {glue.NAMES[method]} | {seed} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -233,7 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = runs.Record(HERE / "results" / "landscape.json", SETTINGS)
-    for seed, method in itertools.product(SEEDS, METHODS):
+    for seed, method in itertools.product(SEEDS, METHODS):  # B023: the lambda is called at once
         record.cell(f"{method}-{seed}", lambda: measure(Loss(args, method, seed)))  # noqa: B023
     cells = record.content["cells"]
     plot(cells)
@@ -243,6 +258,8 @@ def main() -> None:
 d = {glue.D:,}, {len(SEEDS)} seeds of training, with each {len(SEEDS)} of directions.
 
 {table(cells)}
+
+{spectra(cells)}
 """
     (HERE / "results" / "landscape.md").write_text(text)
     print(text)

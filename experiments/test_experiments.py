@@ -412,11 +412,8 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
         g = gpart.attach(net, d, target_modules="0", isometric=isometric, fused=False)
         loss = landscape.Loss.__new__(landscape.Loss)
         curvature = A if isometric else n * A
-        loss.model, loss.theta, loss.start = (
-            Quadratic(curvature, g.theta),
-            g.theta,
-            landscape.unit(d, 7),
-        )
+        loss.model, loss.theta = Quadratic(curvature, g.theta), g.theta
+        loss.start = landscape.unit(d, 7)
         loss.model.net, loss.batches, loss.metric = net, [{"offset": 1.0}], 0.5
         found[isometric] = landscape.measure(loss)
     top = torch.linalg.eigvalsh(A).flip(0)[:5].tolist()
@@ -433,6 +430,17 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
     assert [float(x) for x in scale.rstrip(" |").split(", ")] == pytest.approx([n] * 3, rel=1e-2)
     same = [float(x) for x in rows[-1][3].rstrip(" |").split(", ")]  # per weight distance
     assert same == pytest.approx([1] * 3, rel=2e-2)
+    first = landscape.spectra(cells).splitlines()[2].split(" | ")
+    assert [float(x) for x in first[2].split(", ")] == pytest.approx(top, rel=1e-2)
+
+
+def test_landscape_is_that_of_the_solutions_in_the_first_table() -> None:
+    """Each seed's own, at the method's best rate: the validation metric is that of its cell."""
+    around = runs.Record(RESULTS / "landscape.json", {}).content["cells"]
+    assert {*around} == {f"{m}-{seed}" for m in landscape.METHODS for seed in landscape.SEEDS}
+    for name, cell in around.items():
+        method, seed = name.split("-")
+        assert cell["metric"] == pytest.approx(glue_table.score("stsb", method, int(seed)))
 
 
 def test_landscape_measures_the_rise_of_the_loss() -> None:
