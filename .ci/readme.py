@@ -1,7 +1,9 @@
-"""Run the README: its Python blocks print what the block after them says, its tests exist.
+"""Run the README: its Python blocks print what the block after them says, its tests
+exist.
 
-Each section has a folder and names of its own, which its blocks share from top to bottom; a ```text
-block right after a block is its whole output, in which "..." stands for what differs.
+Each section has a folder and names of its own, which its blocks share from top to
+bottom; a ```text block right after a block is its whole output, in which "..." stands
+for what differs.
 """
 
 import contextlib
@@ -34,12 +36,18 @@ def main() -> int:
                 same = doctest.OutputChecker().check_output
                 if not same(expected, out.getvalue(), doctest.ELLIPSIS):
                     failed += 1
-                    print(f"{code}\nprinted\n{out.getvalue()}\nbut README.md says\n{expected}")
+                    print(
+                        f"{code}\nprinted\n{out.getvalue()}\nbut README.md says\n{expected}"
+                    )
     tests = "".join(path.read_text() for path in ROOT.rglob("test_*.py"))
     missing = [
-        name for name in set(re.findall(r"`(test_\w+)`", readme)) if f"def {name}(" not in tests
+        name
+        for name in set(re.findall(r"`(test_\w+)`", readme))
+        if f"def {name}(" not in tests
     ]
-    print(f"README.md: {count} blocks run, {failed} wrong; tests named but missing: {missing}")
+    print(
+        f"README.md: {count} blocks run, {failed} wrong; tests named but missing: {missing}"
+    )
     return 1 if failed or missing or not count else 0
 
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter algebra: theta is an exact coordinate of the weight update, LoRA's factors are not.
+"""Adapter algebra: theta is an exact coordinate of the weight update, LoRA's factors
+are not.
 
     python -m experiments.algebra --data-dir glue
 
-all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py, which run
-before, at their best rates by the dev split: found in --work or trained again (4 minutes each).
-Metrics are on the validation set, in float32, each task with its own head. Updates are compared as
-vectors of all N adapted weights, in float64. One run each; the two seeds of a task differ in the
-order of the data, for LoRA in where A starts, too.
+all-MiniLM-L6-v2, d = 23,040. The adapters are runs of glue_table.py and dimension.py,
+which run before, at their best rates by the dev split: found in --work or trained again
+(4 minutes each). Metrics are on the validation set, in float32, each task with its own
+head. Updates are compared as vectors of all N adapted weights, in float64. One run
+each; the two seeds of a task differ in the order of the data, for LoRA in where A
+starts, too.
 
     geometry   distances and cosines of four adapters (two tasks, two seeds) from theta alone and
                from the updates; the same for LoRA, from (B, A) and from B A
@@ -56,17 +58,24 @@ def combine(*terms: tuple[float, Update]) -> Update:
 def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Distance and cosine of two vectors, in float64."""
     a, b = a.double(), b.double()
-    return {"distance": float((a - b).norm()), "cosine": float(a @ b / a.norm() / b.norm())}
+    return {
+        "distance": float((a - b).norm()),
+        "cosine": float(a @ b / a.norm() / b.norm()),
+    }
 
 
 def lora_factors(model: Any) -> torch.Tensor:
     """All entries of B and A as one vector."""
-    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n])
+    return torch.cat(
+        [p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n]
+    )
 
 
 def lora_update(model: Any) -> Update:
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-    return {f"{n}.weight": m.get_delta_weight("default").detach() for n, m in layers.items()}
+    return {
+        f"{n}.weight": m.get_delta_weight("default").detach() for n, m in layers.items()
+    }
 
 
 @torch.no_grad()
@@ -77,12 +86,16 @@ def regauge(model: Any, c: float) -> None:
             p.mul_(c if "lora_B" in name else 1 / c)
 
 
-def embed(theta: torch.Tensor, coarse: gpart.Partition, fine: gpart.Partition) -> torch.Tensor:
+def embed(
+    theta: torch.Tensor, coarse: gpart.Partition, fine: gpart.Partition
+) -> torch.Tensor:
     """theta of coarse in fine, whose groups divide its own: the same update (nesting).
 
     theta_fine[j] / sqrt(n_fine[j]) = theta[j mod d] / sqrt(n[j mod d])
     """
-    per_weight = (theta.double() * coarse.scale(dtype=torch.float64)).repeat(fine.d // coarse.d)
+    per_weight = (theta.double() * coarse.scale(dtype=torch.float64)).repeat(
+        fine.d // coarse.d
+    )
     return per_weight / fine.scale(dtype=torch.float64)  # [k d]
 
 
@@ -96,27 +109,44 @@ class Study:
     def rate(self, method: str, d: int) -> float:
         """glue_table.py's best; for another d the better of dimension.py's two."""
         if (best := glue.best_rate(method)) is None:
-            raise SystemExit("the rates are not known yet: run experiments.glue_table first")
+            raise SystemExit(
+                "the rates are not known yet: run experiments.glue_table first"
+            )
         if d == glue.D:
             return best
         rates = [dict(dimension.points(curve))[d] for curve in ("fixed", "scaled")]
         devs = [glue.dev("stsb", method, rate, d) for rate in rates]
         if None in devs:
-            raise SystemExit(f"d = {d} has no rate yet: run experiments.dimension first")
+            raise SystemExit(
+                f"d = {d} has no rate yet: run experiments.dimension first"
+            )
         return max(zip(devs, rates, strict=True))[1]
 
     def model(self, task: str, method: str, seed: int, d: int = glue.D) -> Any:
         """A trained model."""
-        _, command, output = glue.trained(self.args, task, method, self.rate(method, d), seed, d)
+        _, command, output = glue.trained(
+            self.args, task, method, self.rate(method, d), seed, d
+        )
         self.settings = train_glue.parser().parse_args(command)
-        return train_glue.load_adapter(self.settings, output / "adapter.safetensors").eval()
+        return train_glue.load_adapter(
+            self.settings, output / "adapter.safetensors"
+        ).eval()
 
     @functools.cache  # noqa: B019  one study for the whole program
     def bench(self, task: str) -> tuple[train_glue.Bench, Any, Any]:
         """What encodes and evaluates, the training rows, the validation rows."""
-        command = ["--task", task, "--data-dir", self.args.data_dir, "--max-length", "64"]
+        command = [
+            "--task",
+            task,
+            "--data-dir",
+            self.args.data_dir,
+            "--max-length",
+            "64",
+        ]
         args = train_glue.parser().parse_args(command)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            train_glue.model_path(args.model)
+        )
         accelerator = accelerate.Accelerator(cpu=True)
         rows, test_rows, _ = train_glue.read_data(args)
         train_rows, _ = train_glue.split(rows, args.split_seed, None)
@@ -127,7 +157,8 @@ class Study:
         )
 
     def metric(self, task: str, update: Update | None, head: Update) -> float:
-        """The validation metric of the pretrained weights plus update, with that head."""
+        """The validation metric of the pretrained weights plus update, with that
+        head."""
         bench, _, test_rows = self.bench(task)
         bench.args.method = "head"
         model = train_glue.build(bench.args, seed=0)
@@ -161,7 +192,9 @@ def geometry(study: Study) -> dict[str, Any]:
                 model.gpart.theta.detach() if method == "gpart" else lora_factors(model)
             )
             updates[f"{task} {seed}"] = vector(
-                detached(model.gpart.delta()) if method == "gpart" else lora_update(model)
+                detached(model.gpart.delta())
+                if method == "gpart"
+                else lora_update(model)
             )
         names = [*points]
         result[method] = {
@@ -204,13 +237,21 @@ def arithmetic(study: Study) -> dict[str, Any]:
 def project(study: Study) -> dict[str, Any]:
     full, lora = study.model("stsb", "gpart", 0, glue.N), study.model("stsb", "lora", 0)
     sources = {
-        "full fine-tuning of query and value": (detached(full.gpart.delta()), head_of(full)),
+        "full fine-tuning of query and value": (
+            detached(full.gpart.delta()),
+            head_of(full),
+        ),
         "merged LoRA": (lora_update(lora), head_of(lora)),
     }
     result: dict[str, Any] = {}
     for source, (update, head) in sources.items():
-        result[source] = {"all of it": {"norm": 1.0, "metric": study.metric("stsb", update, head)}}
-        result[source]["none of it"] = {"norm": 0.0, "metric": study.metric("stsb", None, head)}
+        result[source] = {
+            "all of it": {"norm": 1.0, "metric": study.metric("stsb", update, head)}
+        }
+        result[source]["none of it"] = {
+            "norm": 0.0,
+            "metric": study.metric("stsb", None, head),
+        }
         for d in SIZES:
             study.settings.d, study.settings.method = d, "gpart"
             g = train_glue.build(study.settings, seed=0).gpart
@@ -274,7 +315,10 @@ def gauge(study: Study) -> dict[str, Any]:
         moved["update"] = compare(update, vector(lora_update(model)))
         result[f"c = {c:g}"] = moved
         regauge(model, 1 / c)
-    result["norms"] = {"factors": float(start.double().norm()), "update": float(update.norm())}
+    result["norms"] = {
+        "factors": float(start.double().norm()),
+        "update": float(update.norm()),
+    }
     return result
 
 
@@ -294,27 +338,48 @@ def render(record: runs.Record) -> str:
     lines[-1] += f": {record.ran_on}; one run each."
     for method, what in (("gpart", "theta"), ("lora", "(B, A)")):
         lines += ["", f"## Geometry: {glue.NAMES[method]}", ""]
-        lines += [f"| | distance of {what} | of the updates | cosine of {what} | of the updates |"]
+        lines += [
+            f"| | distance of {what} | of the updates | cosine of {what} | of the updates |"
+        ]
         lines += ["|---|---|---|---|---|"]
         for pair, both in results["geometry"][method].items():
             a, b = both["coordinates"], both["update"]
             cells = [f"{x[key]:.6f}" for key in ("distance", "cosine") for x in (a, b)]
             lines.append(f"| {pair} | {' | '.join(cells)} |")
-    lines += ["", "## Combine", "", "| | STS-B (Pearson) | SST-2 (accuracy) |", "|---|---|---|"]
+    lines += [
+        "",
+        "## Combine",
+        "",
+        "| | STS-B (Pearson) | SST-2 (accuracy) |",
+        "|---|---|---|",
+    ]
     for name, value in results["combine"]["stsb"].items():
-        lines.append(f"| {name} | {value:.3f} | {results['combine']['sst2'][name]:.3f} |")
+        lines.append(
+            f"| {name} | {value:.3f} | {results['combine']['sst2'][name]:.3f} |"
+        )
     lines += ["", "## Project onto d dimensions (STS-B)", ""]
-    lines += ["| of | onto | norm kept | sqrt(d/N) | Pearson |", "|---|---|---|---|---|"]
+    lines += [
+        "| of | onto | norm kept | sqrt(d/N) | Pearson |",
+        "|---|---|---|---|---|",
+    ]
     for source, rows in results["project"].items():
         for name, row in rows.items():
             chance = f"{row['sqrt(d/N)']:.3f}" if "sqrt(d/N)" in row else ""
             lines.append(
                 f"| {source} | {name} | {row['norm']:.3f} | {chance} | {row['metric']:.3f} |"
             )
-    lines += ["", f"## Nest: d = {COARSE:,} in d = {glue.D:,} (STS-B)", "", "| | |", "|---|---|"]
+    lines += [
+        "",
+        f"## Nest: d = {COARSE:,} in d = {glue.D:,} (STS-B)",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {value:.3g} |" for name, value in results["nest"].items()]
     lines += ["", "## Gauge: (B, A) -> (cB, A/c)", ""]
-    lines += ["| | factors moved by, of their norm | their cosine | update moved by, of its norm |"]
+    lines += [
+        "| | factors moved by, of their norm | their cosine | update moved by, of its norm |"
+    ]
     lines += ["|---|---|---|---|"]
     norms = results["gauge"]["norms"]
     for c in ("c = 0.1", "c = 10"):
@@ -328,7 +393,9 @@ def render(record: runs.Record) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
-    parser.add_argument("--work", default="runs/glue", help="folder of glue_table.py's runs")
+    parser.add_argument(
+        "--work", default="runs/glue", help="folder of glue_table.py's runs"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

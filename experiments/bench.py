@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time, memory and file size of GPart beside dense training, LoRA and its relatives.
+"""Step time, memory and file size of GPart beside dense training, LoRA and its
+relatives.
 
     python -m experiments.bench                     # 17 minutes on two CPU cores
     python -m experiments.bench --model qwen2.5-0.5b --batch 2 --length 2048 --dtype bf16   # CUDA
 
-A step is forward, backward, AdamW and zero_grad on fixed random tokens, of a model with random
-weights, without dropout. The sides are
+A step is forward, backward, AdamW and zero_grad on fixed random tokens, of a model with
+random weights, without dropout. The sides are
 
     dense      the target weights trained as ordinary parameters: the same matrix products (floor)
     gpart      one theta of d numbers, fused path
@@ -16,11 +17,12 @@ weights, without dropout. The sides are
     fourierft  peft's FourierFT, 1,000 frequencies a matrix
     full       every parameter trained
 
-All sides alternate in one process, in a new random order each round, and a ratio is that of two
-steps in the same round; the table has medians and quartiles over the rounds. Peak memory is what
-a child process that trains this side alone grows by after its imports (CPU), or allocates at most
-(CUDA); GFLOP are the matrix products of one step. Without arguments it runs the cases of its
-device and writes results/bench-<device>.json.
+All sides alternate in one process, in a new random order each round, and a ratio is
+that of two steps in the same round; the table has medians and quartiles over the
+rounds. Peak memory is what a child process that trains this side alone grows by after
+its imports (CPU), or allocates at most (CUDA); GFLOP are the matrix products of one
+step. Without arguments it runs the cases of its device and writes
+results/bench-<device>.json.
 """
 
 import argparse
@@ -55,12 +57,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "roberta-base": {**ENCODER, "hidden_size": 768, "num_hidden_layers": 12},
     "roberta-large": {**ENCODER, "hidden_size": 1024, "num_hidden_layers": 24},
     "qwen2.5-0.5b": {**DECODER, "hidden_size": 896, "num_hidden_layers": 24},
-    "tiny": {**ENCODER, "d": 100, "hidden_size": 32, "num_hidden_layers": 2},  # for the tests
+    "tiny": {
+        **ENCODER,
+        "d": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+    },  # for the tests
 }
 CASES = {  # model, batch, length, dtype
     "cpu": [("roberta-base", 8, 128, "fp32")],
     "cuda": [
-        *[("roberta-base", 32, n, dtype) for n in (128, 512) for dtype in ("bf16", "fp32")],
+        *[
+            ("roberta-base", 32, n, dtype)
+            for n in (128, 512)
+            for dtype in ("bf16", "fp32")
+        ],
         ("roberta-large", 32, 128, "bf16"),
         ("qwen2.5-0.5b", 2, 2048, "bf16"),
     ],
@@ -73,8 +84,14 @@ def base_model(name: str) -> nn.Module:
     h = shape["hidden_size"]
     torch.manual_seed(0)
     if name.startswith("qwen"):
-        heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
-        qwen = transformers.Qwen2Config(**shape, **heads, intermediate_size=4864, use_cache=False)
+        heads = {
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        }
+        qwen = transformers.Qwen2Config(
+            **shape, **heads, intermediate_size=4864, use_cache=False
+        )
         return transformers.Qwen2ForCausalLM(qwen)
     config = transformers.RobertaConfig(
         **shape,
@@ -90,12 +107,15 @@ def base_model(name: str) -> nn.Module:
 
 
 def build(side: str, name: str, device: str) -> nn.Module:
-    """The model with one method's trainable parameters; the rest, the head too, is frozen."""
+    """The model with one method's trainable parameters; the rest, the head too, is
+    frozen."""
     model = base_model(name)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
     if side == "dense":
         for key, w in model.named_parameters():
-            w.requires_grad_(any(key.endswith(f".{target}.weight") for target in targets))
+            w.requires_grad_(
+                any(key.endswith(f".{target}.weight") for target in targets)
+            )
     elif side in ("gpart", "plain"):
         gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
     elif side != "full":
@@ -111,7 +131,9 @@ def adapter_bytes(side: str, model: nn.Module) -> int:
         elif isinstance(model, peft.PeftModel):
             model.save_pretrained(folder)
         else:
-            trained = {n: w.detach() for n, w in model.named_parameters() if w.requires_grad}
+            trained = {
+                n: w.detach() for n, w in model.named_parameters() if w.requires_grad
+            }
             safetensors.torch.save_file(trained, f"{folder}/model.safetensors")
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
@@ -119,7 +141,9 @@ def adapter_bytes(side: str, model: nn.Module) -> int:
 class Side:
     """A model, its optimizer and one fixed batch."""
 
-    def __init__(self, side: str, name: str, batch: int, length: int, dtype: str, device: str):
+    def __init__(
+        self, side: str, name: str, batch: int, length: int, dtype: str, device: str
+    ):
         self.model, self.device = build(side, name, device), device
         self.trained = [w for w in self.model.parameters() if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
@@ -144,13 +168,16 @@ class Side:
 
 
 def measure_memory(side: str, *case: Any) -> None:
-    """In a process of its own: print peak memory, GFLOP a step, trainable numbers, file size."""
+    """In a process of its own: print peak memory, GFLOP a step, trainable numbers, file
+    size."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one = Side(side, *case)
     for _ in range(3):
         one.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    peak_bytes = torch.cuda.max_memory_allocated() if case[-1] == "cuda" else peak * 1024
+    peak_bytes = (
+        torch.cuda.max_memory_allocated() if case[-1] == "cuda" else peak * 1024
+    )
     with FlopCounterMode(display=False) as counter:
         one.step()
     result = {"peak_MB": peak_bytes / 1e6, "GFLOP": counter.get_total_flops() / 1e9}
@@ -188,12 +215,20 @@ def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, 
     for side, row in rows.items():
         row["seconds"] = spread(times[side])
         for key, floor in (("to_dense", "dense"), ("to_unilora", "unilora")):
-            row[key] = spread([a / b for a, b in zip(times[side], times[floor], strict=True)])
+            row[key] = spread(
+                [a / b for a, b in zip(times[side], times[floor], strict=True)]
+            )
     sides.clear()
     if device == "cuda":
         torch.cuda.empty_cache()  # the next case's children share the GPU
     model, batch, length, dtype = case
-    return {"model": model, "batch": batch, "length": length, "dtype": dtype, "rows": rows}
+    return {
+        "model": model,
+        "batch": batch,
+        "length": length,
+        "dtype": dtype,
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -214,18 +249,28 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--device", choices=CASES, default="cuda" if torch.cuda.is_available() else "cpu"
+        "--device",
+        choices=CASES,
+        default="cuda" if torch.cuda.is_available() else "cpu",
     )
-    parser.add_argument("--model", choices=MODELS, help="one case instead of the device's own")
+    parser.add_argument(
+        "--model", choices=MODELS, help="one case instead of the device's own"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="results/bench-<device>.json if no --model")
+    parser.add_argument(
+        "--output", type=Path, help="results/bench-<device>.json if no --model"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
     one = (args.model, args.batch, args.length, args.dtype)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    name = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU {platform.machine()}"
+    )
     threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else ""
     result: dict[str, Any] = {
         "device": f"{name}, {threads}".rstrip(", "),

@@ -3,9 +3,9 @@
 
     python -m experiments.beyond
 
-Trains nothing: the numbers are those of results/math.json (train_math.py), results/vision.json
-(train_vision.py) and results/algebra.json (algebra.py), medians ± standard deviations of the seeds
-where there is more than one. Writes results/beyond.md.
+Trains nothing: the numbers are those of results/math.json (train_math.py),
+results/vision.json (train_vision.py) and results/algebra.json (algebra.py), medians ±
+standard deviations of the seeds where there is more than one. Writes results/beyond.md.
 """
 
 import json
@@ -37,7 +37,9 @@ def read(name: str) -> dict[str, Any]:
 
 def loss(cell: dict[str, Any]) -> float:
     """Of an answer's token; nan if the run diverged."""
-    return float(next(iter(cell["test"].values()))["loss"]) if cell["test"] else math.nan
+    return (
+        float(next(iter(cell["test"].values()))["loss"]) if cell["test"] else math.nan
+    )
 
 
 def accuracy(cell: dict[str, Any]) -> float:
@@ -67,7 +69,9 @@ def language(content: dict[str, Any]) -> list[str]:
         if cells := chosen(content, method):
             texts[method] = spread([loss(cell) for cell in cells], 4)
     name = f"SmolLM2-135M on GSM8K, {steps} steps, {d:,} trained: loss of an answer's token"
-    return [row(name, texts, "`python -m experiments.train_math --train … --test … --bf16`")]
+    return [
+        row(name, texts, "`python -m experiments.train_math --train … --test … --bf16`")
+    ]
 
 
 def vision(content: dict[str, Any]) -> list[str]:
@@ -77,9 +81,7 @@ def vision(content: dict[str, Any]) -> list[str]:
         if (cells := chosen(content, method))
     }
     texts["head"] += ", head alone"
-    name = (
-        f"a small ViT on turned digits, {content['settings']['d']:,} trained: accuracy in percent"
-    )
+    name = f"a small ViT on turned digits, {content['settings']['d']:,} trained: accuracy in percent"
     return [row(name, texts, "`python -m experiments.train_vision`")]
 
 
@@ -93,7 +95,11 @@ def algebra(content: dict[str, Any]) -> list[str]:
     gauge = found["gauge"]
     moved = gauge["c = 10"]["factors"]["distance"] / gauge["norms"]["factors"]
     lines = [
-        row("distance of two adapters: of what is trained / of the updates", ratios, ALGEBRA),
+        row(
+            "distance of two adapters: of what is trained / of the updates",
+            ratios,
+            ALGEBRA,
+        ),
         row(
             "(B, A) to (10 B, A/10), the same update: distance, in norms of (B, A)",
             {"lora": f"{moved:.1f}"},
@@ -103,20 +109,31 @@ def algebra(content: dict[str, Any]) -> list[str]:
         one = found["combine"][task]
         alone = f"{one['head of seed 0 alone']:.3f}, head alone"
         for what, name in COMBINED.items():
-            texts = {"gpart": f"{one[what]:.3f}", "head": alone if what == "seed 0" else ""}
+            texts = {
+                "gpart": f"{one[what]:.3f}",
+                "head": alone if what == "seed 0" else "",
+            }
             lines.append(row(f"{metric}: {name}", texts))
     for source, rows in found["project"].items():
         near, whole = rows[f"d = {content['settings']['d']:,}"], rows["all of it"]
-        texts = {"gpart": f"{near['metric']:.3f}", "head": f"{whole['metric']:.3f}, not projected"}
+        texts = {
+            "gpart": f"{near['metric']:.3f}",
+            "head": f"{whole['metric']:.3f}, not projected",
+        }
         share = f"{100 * near['norm']:.0f} % of its norm"
         lines.append(row(f"STS-B: {source}, projected ({share})", texts))
     nested = found["nest"]
     d, coarse, steps = (content["settings"][key] for key in ("d", "coarse", "steps"))
-    stayed, went_on = (nested[f"{steps} steps more at d = {size:,}"] for size in (coarse, d))
+    stayed, went_on = (
+        nested[f"{steps} steps more at d = {size:,}"] for size in (coarse, d)
+    )
     lines.append(
         row(
             f"STS-B: d = {coarse:,} embedded in {d:,}",
-            {"gpart": f"{nested['embedded']:.3f}", "head": f"{nested['before']:.3f}, before"},
+            {
+                "gpart": f"{nested['embedded']:.3f}",
+                "head": f"{nested['before']:.3f}, before",
+            },
         )
     )
     lines.append(
@@ -155,7 +172,9 @@ def table() -> str:
 
 
 def main() -> None:
-    text = f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n\n{margins()}\n"
+    text = (
+        f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n\n{margins()}\n"
+    )
     (HERE / "results" / "beyond.md").write_text(text)
     print(text)
 

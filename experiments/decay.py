@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight decay with and without isometry (Appendix B.2): by which factor does it differ?
+"""Weight decay with and without isometry (Appendix B.2): by which factor does it
+differ?
 
     python -m experiments.decay --data-dir glue
 
-all-MiniLM-L6-v2 on STS-B, 120 steps of 16 rows, constant learning rates a factor sqrt(N/d) apart,
-so that both variants take the same steps in weight space; the same data in the same order, the head
-frozen. The norm of the update at the end, ||P theta||, falls with the weight decay; the factor is
-by how much more decay the non-isometric variant needs for the same norm, read off where the curves
-have lost half of their (logarithmic) height. Two kinds:
+all-MiniLM-L6-v2 on STS-B, 120 steps of 16 rows, constant learning rates a factor
+sqrt(N/d) apart, so that both variants take the same steps in weight space; the same
+data in the same order, the head frozen. The norm of the update at the end, ||P theta||,
+falls with the weight decay; the factor is by how much more decay the non-isometric
+variant needs for the same norm, read off where the curves have lost half of their
+(logarithmic) height. Two kinds:
 
     Adam     coupled, torch.optim.Adam(weight_decay): adds wd theta to the gradient, an L2 penalty
              (wd/2) ||theta||^2. Expected factor N/d.
     AdamW    decoupled: theta shrinks by 1 - lr wd in each step. Expected factor sqrt(N/d), and only
              because the learning rates are that far apart.
 
-Writes results/decay.json, results/decay.md and figures/decay.png. A finished point is not run
-again.
+Writes results/decay.json, results/decay.md and figures/decay.png. A finished point is
+not run again.
 """
 
 import argparse
@@ -51,15 +53,30 @@ Curves = dict[str, list[tuple[float, float]]]  # {method: [(decay, norm of the u
 
 def train(data_dir: str, method: str, kind: str, decay: float) -> dict[str, float]:
     """||P theta|| at the end."""
-    command = ["--task", "stsb", "--method", method, "--d", str(D), "--data-dir", data_dir]
+    command = [
+        "--task",
+        "stsb",
+        "--method",
+        method,
+        "--d",
+        str(D),
+        "--data-dir",
+        data_dir,
+    ]
     args = train_glue.parser().parse_args([*command, "--max-length", "64"])
     task = train_glue.TASKS["stsb"]
     rows = train_glue.read_data(args)[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        train_glue.model_path(args.model)
+    )
     bench = train_glue.Bench(args, task, tokenizer, accelerate.Accelerator(cpu=True))
-    model = train_glue.build(args, seed=0).eval()  # no dropout: both variants see the same noise
+    model = train_glue.build(
+        args, seed=0
+    ).eval()  # no dropout: both variants see the same noise
     lr = LR if method == "gpart" else LR * math.sqrt(D / N)
-    optimizer = getattr(torch.optim, kind)([model.gpart.theta], lr=lr, weight_decay=decay)
+    optimizer = getattr(torch.optim, kind)(
+        [model.gpart.theta], lr=lr, weight_decay=decay
+    )
     for chosen in train_glue.batches(len(rows), BATCH, STEPS, seed=0):
         model(**bench.encode([rows[i] for i in chosen])).loss.backward()
         optimizer.step()
@@ -75,7 +92,12 @@ def curves(record: runs.Record, data_dir: str, kind: str) -> Curves:
         decays = [decay * factor for decay in DECAYS[kind]]
         names = [f"{kind}-{method}-wd{decay:.3g}" for decay in decays]
         found[method] = [
-            (x, record.cell(name, functools.partial(train, data_dir, method, kind, x))["norm"])
+            (
+                x,
+                record.cell(name, functools.partial(train, data_dir, method, kind, x))[
+                    "norm"
+                ],
+            )
             for name, x in zip(names, decays, strict=True)
         ]
     return found
@@ -83,14 +105,20 @@ def curves(record: runs.Record, data_dir: str, kind: str) -> Curves:
 
 def crossing(points: list[tuple[float, float]], level: float) -> float:
     """The decay at which the norm falls to level, between the points in log-log."""
-    x, y = (np.log(np.array(v)) for v in zip(*[p for p in sorted(points) if p[0] > 0], strict=True))
+    x, y = (
+        np.log(np.array(v))
+        for v in zip(*[p for p in sorted(points) if p[0] > 0], strict=True)
+    )
     if not y[-1] <= math.log(level) <= y[0]:
-        raise ValueError(f"no crossing of {level:g} in {points}: DECAYS must reach further")
+        raise ValueError(
+            f"no crossing of {level:g} in {points}: DECAYS must reach further"
+        )
     return float(np.exp(np.interp(-math.log(level), -y, x)))
 
 
 def summary(two: Curves) -> dict[str, Any]:
-    """Where both have lost half of their logarithmic height, and by which factor of decay."""
+    """Where both have lost half of their logarithmic height, and by which factor of
+    decay."""
     free = max(norm for curve in two.values() for decay, norm in curve if decay == 0)
     least = max(min(norm for _, norm in curve) for curve in two.values())
     level = math.sqrt(free * least)
@@ -107,12 +135,16 @@ def table(kinds: dict[str, Curves]) -> str:
         one = summary(two)
         expected = f"{FORMULAS[kind]} = {EXPECTED[kind]:.3g}"
         at = " | ".join(f"{decay:.3g}" for decay in one["at"].values())
-        lines.append(f"| {kind} | {expected} | {one['factor']:.3g} | {one['level']:.3g} | {at} |")
+        lines.append(
+            f"| {kind} | {expected} | {one['factor']:.3g} | {one['level']:.3g} | {at} |"
+        )
     return "\n".join(lines)
 
 
 def norms(kind: str, two: Curves) -> str:
-    lines = [f"| {kind}, decay of GPart | {' | '.join(f'{x:g}' for x in DECAYS[kind])} |"]
+    lines = [
+        f"| {kind}, decay of GPart | {' | '.join(f'{x:g}' for x in DECAYS[kind])} |"
+    ]
     lines.append("|---" * (1 + len(DECAYS[kind])) + "|")
     for method, curve in two.items():
         times = f", decay times {EXPECTED[kind]:.3g}" if method != "gpart" else ""
@@ -122,7 +154,9 @@ def norms(kind: str, two: Curves) -> str:
 
 
 def plot(kinds: dict[str, Curves]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8, 3.2), layout="constrained", sharey=True
+    )
     for axis, (kind, two) in zip(axes, kinds.items(), strict=True):
         for (method, curve), style in zip(two.items(), ("o-", "s--"), strict=True):
             points = [p for p in curve if p[0] > 0]

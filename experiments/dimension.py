@@ -4,7 +4,8 @@
     python -m experiments.dimension --data-dir glue            # stop and start at will
     python -m experiments.dimension --render                   # only the table and the figure
 
-STS-B and SST-2, seed 0, the cells and the rates of glue_table.py, which runs before. Three curves:
+STS-B and SST-2, seed 0, the cells and the rates of glue_table.py, which runs before.
+Three curves:
 
     fixed     GPart at the rate that is best for d = 23,040, as in the paper
     scaled    that rate times sqrt(23040 / d): Adam moves a weight by about lr / sqrt(n), n = N / d,
@@ -43,7 +44,8 @@ def points(curve: str) -> list[tuple[int, float]]:
 def found(task: str, curve: str) -> list[tuple[int, dict[str, Any]]]:
     """(d, cell) of the runs there are."""
     cells = [
-        (d, glue.read(glue.cell(task, CURVES[curve], rate, 0, d))) for d, rate in points(curve)
+        (d, glue.read(glue.cell(task, CURVES[curve], rate, 0, d)))
+        for d, rate in points(curve)
     ]
     return [(d, cell) for d, cell in cells if cell]
 
@@ -56,7 +58,11 @@ def plateau(cells: list[tuple[int, dict[str, Any]]], within: float = 0.01) -> li
 
 def table() -> str:
     """A row for each task and curve, in percent."""
-    lines = ["| task | curve | " + " | ".join(f"{d:,}" for d in SIZES) + " | within a point |"]
+    lines = [
+        "| task | curve | "
+        + " | ".join(f"{d:,}" for d in SIZES)
+        + " | within a point |"
+    ]
     lines.append("|---" * (len(SIZES) + 3) + "|")
     for task in TASKS:
         for curve in CURVES:
@@ -82,7 +88,11 @@ def plot() -> None:
     figure, axes = glue.plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     for axis, task in zip(axes, TASKS, strict=True):
         for curve, style in (("fixed", "o-"), ("scaled", "s--"), ("unilora", "^:")):
-            ends = [(d, c["metric"]) for d, c in found(task, curve) if c["metric"] is not None]
+            ends = [
+                (d, c["metric"])
+                for d, c in found(task, curve)
+                if c["metric"] is not None
+            ]
             if ends:
                 look = {"color": glue.COLORS[CURVES[curve]], "label": LABELS[curve]}
                 axis.semilogx(*zip(*ends, strict=True), style, **look)
@@ -94,7 +104,10 @@ def plot() -> None:
 
 
 def render() -> str:
-    rates = {c: ", ".join(dict.fromkeys(f"{rate:g}" for _, rate in points(c))) for c in CURVES}
+    rates = {
+        c: ", ".join(dict.fromkeys(f"{rate:g}" for _, rate in points(c)))
+        for c in CURVES
+    }
     text = f"""# The metric against d
 
 `python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: {took()}, one
@@ -114,9 +127,14 @@ def main() -> None:
     args = glue.parse(__doc__)
     if not args.render:
         cells = [
-            (task, curve, *point) for curve in CURVES for point in points(curve) for task in TASKS
+            (task, curve, *point)
+            for curve in CURVES
+            for point in points(curve)
+            for task in TASKS
         ]
-        glue.run_all(args, [(task, CURVES[curve], rate, 0, d) for task, curve, d, rate in cells])
+        glue.run_all(
+            args, [(task, CURVES[curve], rate, 0, d) for task, curve, d, rate in cells]
+        )
     print(render())
 
 

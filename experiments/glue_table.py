@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables 1 and 4 on real GLUE: every method, five tasks, three seeds, with its own learning rate.
+"""Tables 1 and 4 on real GLUE: every method, five tasks, three seeds, with its own
+learning rate.
 
     python -m experiments.glue_table --data-dir glue           # hours; stop and start as you like
     python -m experiments.glue_table --render                  # only the tables and the figure
 
-Every cell is one run of train_glue.py and one file in results/glue/, and what has a file is not
-run again (whoever changes BUDGET deletes them, and --work, where the adapters stay). It is
-all-MiniLM-L6-v2 in bf16 autocast on one CPU thread, as many cells at a time as there are cores.
-First each method's learning rate: five values a factor of 3 apart around its published one, the
-best mean dev metric of STS-B and SST-2 with seed 0 (for the head alone, of the head's; for the
-non-isometric variant the five of GPart times sqrt(d/N), the same steps in weight space). Then the
-tables: the validation metric at that rate, the checkpoint picked on the dev split. The head's own
-rate beside an adapter is 1e-3 on STS-B and SST-2; on RTE, MRPC and CoLA, where no method learns
-much with it in so few steps, it is the one that is best for the head alone.
+Every cell is one run of train_glue.py and one file in results/glue/, and what has a
+file is not run again (whoever changes BUDGET deletes them, and --work, where the
+adapters stay). It is all-MiniLM-L6-v2 in bf16 autocast on one CPU thread, as many cells
+at a time as there are cores. First each method's learning rate: five values a factor of
+3 apart around its published one, the best mean dev metric of STS-B and SST-2 with seed
+0 (for the head alone, of the head's; for the non-isometric variant the five of GPart
+times sqrt(d/N), the same steps in weight space). Then the tables: the validation metric
+at that rate, the checkpoint picked on the dev split. The head's own rate beside an
+adapter is 1e-3 on STS-B and SST-2; on RTE, MRPC and CoLA, where no method learns much
+with it in so few steps, it is the one that is best for the head alone.
 
-Without --render it ends with results/glue.md and figures/rates.png, which --render makes from
-whatever cells there are.
+Without --render it ends with results/glue.md and figures/rates.png, which --render
+makes from whatever cells there are.
 """
 
 import argparse
@@ -66,7 +68,11 @@ RATES = {  # the middle one of five
 THREE_SEEDS = ("gpart", "gpart-noniso", "unilora", "lora", "head")
 SEEDS = (0, 1, 2)
 TABLE_1 = {method: SEEDS if method in THREE_SEEDS else SEEDS[:1] for method in RATES}
-WITHIN = (2, 5, 10)  # points below the best: how wide a range is depends on where the line is
+WITHIN = (
+    2,
+    5,
+    10,
+)  # points below the best: how wide a range is depends on where the line is
 NAMES = {
     "gpart": "GPart",
     "gpart-noniso": "GPart, not isometric",
@@ -108,16 +114,31 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def command(task: str, method: str, rate: float, seed: int, d: int = D) -> list[str]:
     """train_glue.py's arguments, but for the folders."""
-    one = ["--task", task, "--method", method, "--d", str(d), "--seeds", str(seed), "--bf16"]
-    return [*one, *BUDGET[task], "--head-lr" if method == "head" else "--lr", f"{rate:g}"]
+    one = [
+        "--task",
+        task,
+        "--method",
+        method,
+        "--d",
+        str(d),
+        "--seeds",
+        str(seed),
+        "--bf16",
+    ]
+    return [
+        *one,
+        *BUDGET[task],
+        "--head-lr" if method == "head" else "--lr",
+        f"{rate:g}",
+    ]
 
 
 def trained(
     args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
 ) -> tuple[dict[str, Any], list[str], Path]:
-    """(train_glue.py's results, its command line, the folder with the adapter) of one run, which
-    is trained, or goes on where it was killed, unless it is in the folder already. SystemExit with
-    train_glue.py's message for what it refuses."""
+    """(train_glue.py's results, its command line, the folder with the adapter) of one
+    run, which is trained, or goes on where it was killed, unless it is in the folder
+    already. SystemExit with train_glue.py's message for what it refuses."""
     import train_glue
 
     output = Path(args.work, cell(task, method, rate, seed, d).stem)
@@ -129,7 +150,9 @@ def trained(
             return train_glue.main(line), line, output
         except SystemExit as error:
             said = errors.getvalue().strip().splitlines()
-            raise SystemExit(said[-1] if error.code == 2 and said else error.code) from None
+            raise SystemExit(
+                said[-1] if error.code == 2 and said else error.code
+            ) from None
 
 
 def run(
@@ -147,15 +170,31 @@ def run(
         result = {"dev": None, "metric": None}  # that is a result too
     else:
         (one,) = full["runs"]
-        result = {key: one[key] for key in ("dev", "metric", "step", "minutes", "adapter_bytes")}
-        keys = ("metric", "majority", "trainable", "trainable_head", "rows", "versions", "device")
+        result = {
+            key: one[key]
+            for key in ("dev", "metric", "step", "minutes", "adapter_bytes")
+        }
+        keys = (
+            "metric",
+            "majority",
+            "trainable",
+            "trainable_head",
+            "rows",
+            "versions",
+            "device",
+        )
         result |= {"of" if key == "metric" else key: full[key] for key in keys}
-        result["settings"] = {k: v for k, v in full["settings"].items() if k[:4] != "data"}
+        result["settings"] = {
+            k: v for k, v in full["settings"].items() if k[:4] != "data"
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
-    print(f"{path.stem}: {result['metric']} ({result.get('minutes', 0):.1f} min)", flush=True)
+    print(
+        f"{path.stem}: {result['metric']} ({result.get('minutes', 0):.1f} min)",
+        flush=True,
+    )
     return result
 
 
@@ -172,7 +211,8 @@ def run_all(args: argparse.Namespace, cells: list[tuple[Any, ...]]) -> None:
 
 # --- Learning rates ---
 def dev(task: str, method: str, rate: float, d: int = D) -> float | None:
-    """The dev metric of a finished run; -1 if it diverged, None if it is not finished."""
+    """The dev metric of a finished run; -1 if it diverged, None if it is not
+    finished."""
     done = read(cell(task, method, rate, 0, d))
     return None if done is None else -1.0 if done["dev"] is None else float(done["dev"])
 
@@ -189,7 +229,8 @@ def best_rate(method: str) -> float | None:
 
 
 def good_rates(method: str, within: float) -> list[float]:
-    """Those that are at most that far below the method's best dev metric, on STS-B and on SST-2."""
+    """Those that are at most that far below the method's best dev metric, on STS-B and
+    on SST-2."""
     good = set(rates(method))
     for task in ("stsb", "sst2"):
         values = {rate: dev(task, method, rate) for rate in rates(method)}
@@ -201,10 +242,17 @@ def good_rates(method: str, within: float) -> list[float]:
 
 # --- Tables ---
 def score(task: str, method: str, seed: int) -> float | None:
-    """The validation metric at the method's best rate; 0 if it diverged, None if there is none."""
+    """The validation metric at the method's best rate; 0 if it diverged, None if there
+    is none."""
     rate = best_rate(method)
     done = read(cell(task, method, rate, seed)) if rate else None
-    return None if done is None else 0.0 if done["metric"] is None else float(done["metric"])
+    return (
+        None
+        if done is None
+        else 0.0
+        if done["metric"] is None
+        else float(done["metric"])
+    )
 
 
 def row(method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -224,7 +272,10 @@ def row(method: str, seeds: tuple[int, ...]) -> dict[str, Any]:
 
 def rate_table() -> str:
     heads = " | ".join(f"good to {within} points" for within in WITHIN)
-    lines = [f"| method | published | best | {heads} |", "|---" * (3 + len(WITHIN)) + "|"]
+    lines = [
+        f"| method | published | best | {heads} |",
+        "|---" * (3 + len(WITHIN)) + "|",
+    ]
     for method in RATES:
         if best := best_rate(method):
             cells = [f"{RATES[method]:.3g}", f"{best:g}"]
@@ -243,7 +294,8 @@ def majority(task: str) -> str:
 
 
 def table(seeds_of: dict[str, tuple[int, ...]]) -> str:
-    """{method: seeds} -> a row for each there is: median, and ± the deviation of several seeds."""
+    """{method: seeds} -> a row for each there is: median, and ± the deviation of
+    several seeds."""
     lines = [
         f"| method | trained | lr | {' | '.join(TASKS.values())} | average |",
         "|---" * (len(TASKS) + 4) + "|",
@@ -258,17 +310,27 @@ def table(seeds_of: dict[str, tuple[int, ...]]) -> str:
             median, spread, count = one["tasks"].get(task, (None, None, 0))
             text = "" if median is None else f"{100 * median:.1f}"
             text += "" if spread is None else f" ± {100 * spread:.1f}"
-            cells.append(text + ("" if count in (0, len(seeds)) else f" ({count} of {len(seeds)})"))
+            cells.append(
+                text
+                + ("" if count in (0, len(seeds)) else f" ({count} of {len(seeds)})")
+            )
         medians = [m for m, *_ in one["tasks"].values()]
-        average = f"{100 * statistics.mean(medians):.1f}" if len(medians) == len(TASKS) else ""
+        average = (
+            f"{100 * statistics.mean(medians):.1f}"
+            if len(medians) == len(TASKS)
+            else ""
+        )
         numbers = f"{one.get('trainable', 0):,}" if "trainable" in one else ""
         rate = f"{one['rate']:g}" if one["rate"] else ""
-        lines.append(f"| {NAMES[method]} | {numbers} | {rate} | {' | '.join(cells)} | {average} |")
+        lines.append(
+            f"| {NAMES[method]} | {numbers} | {rate} | {' | '.join(cells)} | {average} |"
+        )
     return "\n".join(lines)
 
 
 def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    """What method has more than each of the others, a seed at a time: mean ± std, in points."""
+    """What method has more than each of the others, a seed at a time: mean ± std, in
+    points."""
     lines = [
         f"| {NAMES[method]} minus | {' | '.join(TASKS.values())} | average |",
         "|---" * (len(TASKS) + 2) + "|",
@@ -276,12 +338,22 @@ def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str
     for other in others:
         columns = []
         for task in TASKS:
-            pairs = [(score(task, method, seed), score(task, other, seed)) for seed in seeds]
-            columns.append([100 * (a - b) for a, b in pairs if a is not None and b is not None])
-        whole = all(len(column) == len(seeds) for column in columns)  # an average has a spread too
-        columns.append([statistics.mean(x) for x in zip(*columns, strict=True)] if whole else [])
+            pairs = [
+                (score(task, method, seed), score(task, other, seed)) for seed in seeds
+            ]
+            columns.append(
+                [100 * (a - b) for a, b in pairs if a is not None and b is not None]
+            )
+        whole = all(
+            len(column) == len(seeds) for column in columns
+        )  # an average has a spread too
+        columns.append(
+            [statistics.mean(x) for x in zip(*columns, strict=True)] if whole else []
+        )
         texts = [
-            f"{statistics.mean(x):+.1f} ± {statistics.stdev(x):.1f}" if len(x) == len(seeds) else ""
+            f"{statistics.mean(x):+.1f} ± {statistics.stdev(x):.1f}"
+            if len(x) == len(seeds)
+            else ""
             for x in columns
         ]
         lines.append(f"| {NAMES[other]} | {' | '.join(texts)} |")
@@ -290,10 +362,15 @@ def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str
 
 def plot() -> None:
     """The dev metric against the learning rate, in units of the published one."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(8, 3.4), layout="constrained", sharex=True
+    )
     for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
         for method in RATES:
-            points = [(rate / RATES[method], dev(task, method, rate)) for rate in rates(method)]
+            points = [
+                (rate / RATES[method], dev(task, method, rate))
+                for rate in rates(method)
+            ]
             points = sorted((x, y) for x, y in points if y is not None)
             if points:
                 style = "o-" if method in THREE_SEEDS else "s:"
@@ -308,10 +385,14 @@ def plot() -> None:
 
 
 def render() -> str:
-    paths = [path for path in CELLS.glob("*.json") if "-d" not in path.stem]  # dimension.py's
+    paths = [
+        path for path in CELLS.glob("*.json") if "-d" not in path.stem
+    ]  # dimension.py's
     done = [json.loads(path.read_text()) for path in paths]
     minutes = sum(c.get("minutes", 0) for c in done)
-    versions = {json.dumps(c["versions"], sort_keys=True) for c in done if "versions" in c}
+    versions = {
+        json.dumps(c["versions"], sort_keys=True) for c in done if "versions" in c
+    }
     devices = {c["device"] for c in done if "device" in c}
     took = f"{len(done)} runs, {minutes / 60:.1f} hours in sum"
     text = f"""# GLUE
@@ -343,27 +424,50 @@ def render() -> str:
 def parse(doc: str | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     p.add_argument("--data-dir", help="folder of GLUE's TSV files")
-    p.add_argument("--work", default="runs/glue", help="folder of the runs: checkpoints, adapters")
+    p.add_argument(
+        "--work", default="runs/glue", help="folder of the runs: checkpoints, adapters"
+    )
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     p.add_argument("--render", action="store_true", help="run nothing")
     args = p.parse_args()
     if not args.render and not args.data_dir:
-        p.error("--data-dir names the folder of GLUE's TSV files; --render runs nothing")
-    if args.data_dir and not Path(args.data_dir).is_dir():  # or each cell would say so, one by one
-        p.error(f"--data-dir {args.data_dir}: no such folder; it takes that of GLUE's TSV files")
+        p.error(
+            "--data-dir names the folder of GLUE's TSV files; --render runs nothing"
+        )
+    if (
+        args.data_dir and not Path(args.data_dir).is_dir()
+    ):  # or each cell would say so, one by one
+        p.error(
+            f"--data-dir {args.data_dir}: no such folder; it takes that of GLUE's TSV files"
+        )
     return args
 
 
 def main() -> None:
     args = parse(__doc__)
     rest = [method for method in RATES if method not in THREE_SEEDS]
-    alone = [((method,), SEEDS[:1]) for method in rest]  # one by one: a stop leaves whole rows
+    alone = [
+        ((method,), SEEDS[:1]) for method in rest
+    ]  # one by one: a stop leaves whole rows
     for methods, seeds in [(THREE_SEEDS, SEEDS), *alone]:
         if not args.render:
-            search = [(t, m, r, 0) for r in range(5) for m in methods for t in ("stsb", "sst2")]
+            search = [
+                (t, m, r, 0)
+                for r in range(5)
+                for m in methods
+                for t in ("stsb", "sst2")
+            ]
             run_all(args, [(t, m, rates(m)[r], seed) for t, m, r, seed in search])
             best = {m: best_rate(m) for m in methods}
-            run_all(args, [(t, m, best[m], seed) for seed in seeds for m in methods for t in TASKS])
+            run_all(
+                args,
+                [
+                    (t, m, best[m], seed)
+                    for seed in seeds
+                    for m in methods
+                    for t in TASKS
+                ],
+            )
     print(render())
 
 

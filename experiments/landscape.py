@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss around a trained solution (Figure 4, right): a picture, and numbers it cannot fake.
+"""The loss around a trained solution (Figure 4, right): a picture, and numbers it
+cannot fake.
 
     python -m experiments.landscape --data-dir glue
 
-all-MiniLM-L6-v2 on STS-B, GPart and Uni-LoRA at d = 23,040, each trained by train_glue.py at its
-best rate of glue_table.py, with three seeds. The loss is the mean squared error on the first 256
-rows of the validation set, as a function of the vector theta alone; the head stays.
+all-MiniLM-L6-v2 on STS-B, GPart and Uni-LoRA at d = 23,040, each trained by
+train_glue.py at its best rate of glue_table.py, with three seeds. The loss is the mean
+squared error on the first 256 rows of the validation set, as a function of the vector
+theta alone; the head stays.
 
     grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d and x, y in
-             -1..1: 9 x 9 points, three seeds of directions; in the picture those of the first seed
-             of training, with one colour scale for both methods
+             -1..1: 9 x 9 points, three seeds of directions; in the picture those of the
+             first seed of training, with one colour scale for both methods
     ratio    largest over smallest curvature u^T H u of 32 random unit directions u, which says
-             nothing where one of them is not positive; spread, their deviation over their mean
+             nothing where one of them is not positive; spread, their deviation over
+             their mean
     top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
     moved    |J u|, how far the weights move for a unit step along u, also along the eigenvectors:
              1 for GPart, measured for both; and curvature per squared weight distance,
              u^T H u / |J u|^2, which does not depend on the units of theta
 
-H is that of the plain path: fused=False, and attention by plain products, for second derivatives.
-Writes results/landscape.json, results/landscape.md and figures/landscape.png; a solution that is in
-the first is not measured again.
+H is that of the plain path: fused=False, and attention by plain products, for second
+derivatives. Writes results/landscape.json, results/landscape.md and
+figures/landscape.png; a solution that is in the first is not measured again.
 """
 
 import argparse
@@ -48,7 +51,13 @@ from experiments import runs
 HERE = Path(__file__).resolve().parent
 METHODS = ("gpart", "unilora")
 ROWS, SIDE, DIRECTIONS, SEEDS = 256, 9, 32, (0, 1, 2)
-SETTINGS = {"rows": ROWS, "side": SIDE, "directions": DIRECTIONS, "seeds": [*SEEDS], "d": glue.D}
+SETTINGS = {
+    "rows": ROWS,
+    "side": SIDE,
+    "directions": DIRECTIONS,
+    "seeds": [*SEEDS],
+    "d": glue.D,
+}
 
 
 class Loss:
@@ -57,7 +66,9 @@ class Loss:
     def __init__(self, args: argparse.Namespace, method: str, seed: int) -> None:
         rate = glue.best_rate(method)
         if rate is None:
-            raise SystemExit(f"{method} has no rate yet: run experiments.glue_table first")
+            raise SystemExit(
+                f"{method} has no rate yet: run experiments.glue_table first"
+            )
         results, command, output = glue.trained(args, "stsb", method, rate, seed)
         self.metric = results["median"]
         args = train_glue.parser().parse_args(command)
@@ -73,7 +84,9 @@ class Loss:
         else:
             self.theta = next(p for n, p in model.named_parameters() if "theta_d" in n)
         self.model, self.start = model, self.theta.detach().clone()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(train_glue.model_path(args.model))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            train_glue.model_path(args.model)
+        )
         bench = train_glue.Bench(
             args, train_glue.TASKS["stsb"], tokenizer, accelerate.Accelerator(cpu=True)
         )
@@ -129,7 +142,12 @@ def measure(loss: Loss) -> dict[str, Any]:
     grids = []
     for seed in SEEDS:
         u, v = unit(d, 2 * seed), unit(d, 2 * seed + 1)
-        grids.append([[loss.at(loss.start + size * (x * u + y * v)) for x in steps] for y in steps])
+        grids.append(
+            [
+                [loss.at(loss.start + size * (x * u + y * v)) for x in steps]
+                for y in steps
+            ]
+        )
         print(f"grid {seed}", flush=True)
     curvatures, lengths = [], []
     for seed in range(100, 100 + DIRECTIONS):
@@ -137,10 +155,14 @@ def measure(loss: Loss) -> dict[str, Any]:
         curvatures.append(float(u @ loss.hessian(u)))
         lengths.append(loss.moved(u))
     operator = LinearOperator(
-        (d, d), lambda x: loss.hessian(torch.from_numpy(x).float().flatten()).numpy(), dtype="f4"
+        (d, d),
+        lambda x: loss.hessian(torch.from_numpy(x).float().flatten()).numpy(),
+        dtype="f4",
     )
     start = unit(d, 0).numpy()
-    top, vectors = eigsh(operator, k=5, which="LA", v0=start, tol=1e-2)  # the largest is last
+    top, vectors = eigsh(
+        operator, k=5, which="LA", v0=start, tol=1e-2
+    )  # the largest is last
     top, vectors = top[::-1].tolist(), vectors.T[::-1].copy()
     along = [loss.moved(torch.from_numpy(v)) for v in vectors]
     scaled = [c / n**2 for c, n in zip(curvatures, lengths, strict=True)]
@@ -166,16 +188,28 @@ def rises(cell: dict[str, Any]) -> list[float]:
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
-    """A column for each method, in each a number for each seed of training; then their ratios."""
+    """A column for each method, in each a number for each seed of training; then their
+    ratios."""
 
-    def row(name: str, value: Callable[[dict[str, Any]], Any], compare: bool = False) -> str:
-        columns = [[value(cells[f"{method}-{seed}"]) for seed in SEEDS] for method in METHODS]
-        columns.append([b / a for a, b in zip(*columns, strict=True)] if compare else [])
-        texts = [", ".join(x if isinstance(x, str) else f"{x:.3g}" for x in c) for c in columns]
+    def row(
+        name: str, value: Callable[[dict[str, Any]], Any], compare: bool = False
+    ) -> str:
+        columns = [
+            [value(cells[f"{method}-{seed}"]) for seed in SEEDS] for method in METHODS
+        ]
+        columns.append(
+            [b / a for a, b in zip(*columns, strict=True)] if compare else []
+        )
+        texts = [
+            ", ".join(x if isinstance(x, str) else f"{x:.3g}" for x in c)
+            for c in columns
+        ]
         return f"| {name} | {' | '.join(texts)} |"
 
     def ratio(cell: dict[str, Any]) -> Any:
-        return cell["ratio"] or f"{sum(c <= 0 for c in cell['curvatures'])} not positive"
+        return (
+            cell["ratio"] or f"{sum(c <= 0 for c in cell['curvatures'])} not positive"
+        )
 
     def span(cell: dict[str, Any]) -> str:
         return f"{min(cell['moved']):.3g} to {max(cell['moved']):.3g}"
@@ -190,7 +224,11 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         row("Pearson, all of the validation set", lambda c: c["metric"]),
         row(f"loss, {ROWS} rows", lambda c: c["loss"]),
         row("norm of theta", lambda c: c["norm of theta"]),
-        row("mean rise of the loss on the grid", lambda c: statistics.mean(rises(c)), True),
+        row(
+            "mean rise of the loss on the grid",
+            lambda c: statistics.mean(rises(c)),
+            True,
+        ),
         row("its deviation over directions", lambda c: statistics.stdev(rises(c))),
         row("largest loss on the grid", lambda c: float(np.max(c["grids"])), True),
         row(f"curvature, mean of {DIRECTIONS} directions", mean, True),
@@ -205,7 +243,9 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
             lambda c: c["curvature per weight distance"],
             True,
         ),
-        row("the same, top eigenvector", lambda c: c["top per weight distance"][0], True),
+        row(
+            "the same, top eigenvector", lambda c: c["top per weight distance"][0], True
+        ),
     ]
     return "\n".join(lines)
 
@@ -217,7 +257,10 @@ def spectra(cells: dict[str, dict[str, Any]]) -> str:
         "weights moved along them": "moved along top",
         "curvature per squared weight distance": "top per weight distance",
     }
-    lines = [f"| method | seed | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    lines = [
+        f"| method | seed | {' | '.join(heads)} |",
+        "|---" * (2 + len(heads)) + "|",
+    ]
     for method, seed in itertools.product(METHODS, SEEDS):
         cell = cells[f"{method}-{seed}"]
         texts = [", ".join(f"{x:.3g}" for x in cell[key]) for key in heads.values()]
@@ -226,7 +269,9 @@ def spectra(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(results: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(
+        2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True
+    )
     grids = {method: np.array(results[f"{method}-0"]["grids"]) for method in METHODS}
     every = np.array(list(grids.values()))
     norm = matplotlib.colors.LogNorm(every.min(), every.max())
@@ -244,11 +289,15 @@ def plot(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
-    parser.add_argument("--work", default="runs/glue", help="folder of glue_table.py's runs")
+    parser.add_argument(
+        "--work", default="runs/glue", help="folder of glue_table.py's runs"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = runs.Record(HERE / "results" / "landscape.json", SETTINGS)
-    for seed, method in itertools.product(SEEDS, METHODS):  # B023: the lambda is called at once
+    for seed, method in itertools.product(
+        SEEDS, METHODS
+    ):  # B023: the lambda is called at once
         record.cell(f"{method}-{seed}", lambda: measure(Loss(args, method, seed)))  # noqa: B023
     cells = record.content["cells"]
     plot(cells)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that is ready to be pushed: the adapter, and a model card that says how to use it.
+"""A folder that is ready to be pushed: the adapter, and a model card that says how to
+use it.
 
     python -m experiments.model_card adapter.safetensors FOLDER --auto-class AutoModelForCausalLM
     hf upload you/your-adapter FOLDER     # yours to run: the script itself uploads nothing
 
-Everything in the card comes from the adapter file, and from results.json of train_glue.py if
---results names it. What only its author knows is left as a question.
+Everything in the card comes from the adapter file, and from results.json of
+train_glue.py if --results names it. What only its author knows is left as a question.
 """
 
 import argparse
@@ -74,29 +75,40 @@ def write(
 ) -> Path:
     """Copy adapter into folder and write README.md beside it; the path of the card.
 
-    auto names transformers' class of the model, num_labels is for a classifier. ValueError if
-    adapter is no whole GPart file, or the folder has a README.md that is no such card.
+    auto names transformers' class of the model, num_labels is for a classifier.
+    ValueError if adapter is no whole GPart file, or the folder has a README.md that is
+    no such card.
     """
     try:
         with safetensors.safe_open(adapter, framework="pt") as f:
-            metadata, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in [*f.keys()]}
+            metadata, tensors = (
+                f.metadata() or {},
+                {key: f.get_tensor(key) for key in [*f.keys()]},
+            )
     except safetensors.SafetensorError as error:
         raise ValueError(f"{adapter} is no safetensors file: {error}") from None
     if metadata.get("format") != gpart.FORMAT:
-        raise ValueError(f"{adapter} has format {metadata.get('format')}, not {gpart.FORMAT}")
+        raise ValueError(
+            f"{adapter} has format {metadata.get('format')}, not {gpart.FORMAT}"
+        )
     sha256 = metadata.pop("sha256", None)
     if sha256 != gpart._digest(metadata, tensors):
         raise ValueError(f"{adapter} is damaged: its sha256 is wrong")
     path = folder / "README.md"
     if path.exists() and "library_name: gpart" not in path.read_text():
-        raise ValueError(f"{path} exists and is no model card of GPart: name another folder")
+        raise ValueError(
+            f"{path} exists and is no model card of GPart: name another folder"
+        )
     names = [name for name, _ in json.loads(metadata["manifest"])]
     heads = sorted(tensors.keys() - {"theta"})
     base = metadata["base_model_name_or_path"]
     base = "" if Path(base).is_absolute() else base  # a folder of this machine
     card = huggingface_hub.ModelCard.from_template(
         huggingface_hub.ModelCardData(
-            base_model=base or None, library_name="gpart", license=license, tags=["gpart"]
+            base_model=base or None,
+            library_name="gpart",
+            license=license,
+            tags=["gpart"],
         ),
         template_str=TEMPLATE,
         title=folder.resolve().name,
@@ -112,7 +124,9 @@ def write(
         auto=auto,
         labels="" if num_labels is None else f", num_labels={num_labels}",
         file=adapter.name,
-        training=train_glue.table(json.loads(Path(results).read_text())) if results else QUESTION,
+        training=train_glue.table(json.loads(Path(results).read_text()))
+        if results
+        else QUESTION,
     )
     folder.mkdir(parents=True, exist_ok=True)
     if adapter.resolve() != (folder / adapter.name).resolve():
@@ -126,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("adapter", type=Path, help="file written by gpart.save")
     parser.add_argument("folder", type=Path, help="where adapter and card go")
     parser.add_argument(
-        "--auto-class", required=True, help="such as AutoModelForCausalLM: what loads the model"
+        "--auto-class",
+        required=True,
+        help="such as AutoModelForCausalLM: what loads the model",
     )
     parser.add_argument("--num-labels", type=int, help="of a classifier")
     parser.add_argument("--license", help="of the adapter, such as apache-2.0")

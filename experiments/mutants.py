@@ -4,8 +4,8 @@
 python experiments/mutants.py prepare FOLDER   gpart.py and mutmut's settings, into FOLDER
 python experiments/mutants.py report FOLDER    the score, the survivors, the named bugs: Markdown
 
-A survivor that REASONS does not explain, or a named bug that fewer than two tests notice, makes
-report exit with 1.
+A survivor that REASONS does not explain, or a named bug that fewer than two tests
+notice, makes report exit with 1.
 """
 
 import ast
@@ -17,9 +17,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the mutants face: not what is slow, not what is about other files or the text of gpart.py,
-# of the exhaustive tests and the many architectures only what costs little: under 20 seconds.
-SKIP = ("official", "toy", "short", "imports_only", "doctests", "all_small", "mutated_file")
+# What the mutants face: not what is slow, not what is about other files or the text of
+# gpart.py, of the exhaustive tests and the many architectures only what costs little:
+# under 20 seconds.
+SKIP = (
+    "official",
+    "toy",
+    "short",
+    "imports_only",
+    "doctests",
+    "all_small",
+    "mutated_file",
+)
 SKIP += ("hostile_header", "garbled", "llama", "vit", "mpnet", "qwen2", "roberta")
 SKIP += (
     "golden_vectors and 14155776",
@@ -31,7 +40,9 @@ SKIP += (
 )
 SELECTION = ["-m", "not slow", "-k", " and ".join(f"not ({words})" for words in SKIP)]
 
-BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what the bug says)]}
+BUGS: dict[
+    str, list[tuple[str, str]]
+] = {  # {name: [(what gpart.py says, what the bug says)]}
     "scale 1/n instead of 1/sqrt(n)": [(".sqrt().reciprocal()", ".reciprocal()")],
     "group offset one too low from the second layer on": [
         (
@@ -39,7 +50,9 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
             "= n - (n > 0), (n := n + w.numel()) - (len(self.ids) > 0)",
         )
     ],
-    "bias gradient lost": [("rows.sum(0) if ctx.needs_input_grad[2] else None", "None")],
+    "bias gradient lost": [
+        ("rows.sum(0) if ctx.needs_input_grad[2] else None", "None")
+    ],
     "reduce in the gradient's dtype": [
         (
             "torch.zeros_like(scale).index_add(0, ids, w.to(scale)) * scale",
@@ -53,7 +66,10 @@ BUGS: dict[str, list[tuple[str, str]]] = {  # {name: [(what gpart.py says, what 
         )
     ],
     "cycle walking stops after one step": [
-        ("x[spare] = permute(x[spare], N, seed)", "x[spare] = permute(x[spare], a * b, seed)")
+        (
+            "x[spare] = permute(x[spare], N, seed)",
+            "x[spare] = permute(x[spare], a * b, seed)",
+        )
     ],
     "seed ignored above 32 bits": [
         ("(seed + t * 0x9E3779B97F4A7C15)", "(seed % 2**32 + t * 0x9E3779B97F4A7C15)")
@@ -111,22 +127,27 @@ REASONS: dict[str, str] = {  # {what the mutant's line says: why no test can tel
 
 
 def unwrapped(source: str) -> str:
-    """source with `@f` above a function turned into `g = f(g)` below it, since mutmut leaves
-    decorated functions as they are: disabled is among them."""
+    """source with `@f` above a function turned into `g = f(g)` below it, since mutmut
+    leaves decorated functions as they are: disabled is among them."""
     lines = source.splitlines()
     for node in reversed(ast.parse(source).body):
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             (decorator,) = map(ast.unparse, node.decorator_list)
-            lines.insert(node.end_lineno or 0, f"\n\n{node.name} = {decorator}({node.name})")
+            lines.insert(
+                node.end_lineno or 0, f"\n\n{node.name} = {decorator}({node.name})"
+            )
             del lines[node.decorator_list[0].lineno - 1]
     return "\n".join(lines) + "\n"
 
 
 def broken(source: str, changes: list[tuple[str, str]]) -> str:
-    """source with a named bug put in; ValueError if source no longer says what the bug replaces."""
+    """source with a named bug put in; ValueError if source no longer says what the bug
+    replaces."""
     for old, new in changes:
         if source.count(old) != 1:
-            raise ValueError(f"gpart.py says {source.count(old)} times, not once: {old}")
+            raise ValueError(
+                f"gpart.py says {source.count(old)} times, not once: {old}"
+            )
         source = source.replace(old, new)
     return source
 
@@ -141,36 +162,55 @@ source_paths = ["gpart.py"]
 also_copy = ["train_glue.py", "toy_glue"]
 pytest_add_cli_args_test_selection = {["test_gpart.py", "test_properties.py", *SELECTION]}
 """
-    (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + settings)
+    (folder / "pyproject.toml").write_text(
+        (ROOT / "pyproject.toml").read_text() + settings
+    )
 
 
 def mutmut(folder: Path, *args: str) -> str:
     command = [sys.executable, "-m", "mutmut", *args]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, cwd=folder, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def caught(folder: Path, changes: list[tuple[str, str]]) -> list[str]:
     """The tests that fail with a named bug in gpart.py."""
     there = folder / "named"
     there.mkdir(exist_ok=True)
-    for name in ("test_gpart.py", "test_properties.py", "train_glue.py", "pyproject.toml"):
+    for name in (
+        "test_gpart.py",
+        "test_properties.py",
+        "train_glue.py",
+        "pyproject.toml",
+    ):
         (there / name).write_bytes((ROOT / name).read_bytes())
     (there / "gpart.py").write_text(broken((ROOT / "gpart.py").read_text(), changes))
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-rfE", *SELECTION]
     run = subprocess.run(command, cwd=there, capture_output=True, text=True)
-    return sorted(set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", run.stdout, re.MULTILINE)))
+    return sorted(
+        set(re.findall(r"^(?:FAILED|ERROR) \S+::(\w+)", run.stdout, re.MULTILINE))
+    )
 
 
 def report(folder: Path) -> bool:
     """Print results/mutants.md; True if all is explained."""
-    results = re.findall(r"(\S+): (\w[\w ]*)$", mutmut(folder, "results", "--all", "true"), re.M)
+    results = re.findall(
+        r"(\S+): (\w[\w ]*)$", mutmut(folder, "results", "--all", "true"), re.M
+    )
     if unfinished := [name for name, outcome in results if outcome == "not checked"]:
-        raise SystemExit(f"{len(unfinished)} mutants were not checked: run mutants.sh again")
+        raise SystemExit(
+            f"{len(unfinished)} mutants were not checked: run mutants.sh again"
+        )
     alive = [name for name, outcome in results if outcome not in ("killed", "timeout")]
     killed, rows, good = len(results) - len(alive), [], True
     for name in alive:
         diff = mutmut(folder, "show", name)
-        new = " ".join(re.findall(r"^\+(?!\+) *(.*)$", diff, re.M)).split("  #")[0].strip()
+        new = (
+            " ".join(re.findall(r"^\+(?!\+) *(.*)$", diff, re.M))
+            .split("  #")[0]
+            .strip()
+        )
         good &= new in REASONS
         rows.append(
             (
@@ -179,8 +219,12 @@ def report(folder: Path) -> bool:
                 REASONS.get(new, "**unexplained**"),
             )
         )
-    print("# Mutants of gpart.py\n\n`pip install mutmut==3.8.1 && experiments/mutants.sh`, with")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("mutmut", "torch")]
+    print(
+        "# Mutants of gpart.py\n\n`pip install mutmut==3.8.1 && experiments/mutants.sh`, with"
+    )
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("mutmut", "torch")
+    ]
     print(f"{', '.join(versions)}, Python {platform.python_version()}, CPU.\n")
     print(
         f"**{killed} of {len(results)} mutants killed: {killed / len(results):.2%}.** Survivors:\n"
@@ -193,7 +237,10 @@ def report(folder: Path) -> bool:
     for bug, changes in BUGS.items():
         tests = caught(folder, changes)
         good &= len(tests) > 1
-        print(f"| {bug} | {len(tests)} | {', '.join(f'`{t}`' for t in tests[:3])} |", flush=True)
+        print(
+            f"| {bug} | {len(tests)} | {', '.join(f'`{t}`' for t in tests[:3])} |",
+            flush=True,
+        )
     return good
 
 
@@ -202,4 +249,6 @@ if __name__ == "__main__":
     if action == "prepare":
         prepare(Path(where))
     elif not report(Path(where)):
-        sys.exit("a survivor is unexplained, or a named bug is noticed by fewer than two tests")
+        sys.exit(
+            "a survivor is unexplained, or a named bug is noticed by fewer than two tests"
+        )

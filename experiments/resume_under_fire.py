@@ -3,11 +3,12 @@
 
     python experiments/resume_under_fire.py --kills 20            # ten minutes on two cores
 
-train_glue.py runs once undisturbed, then under fire: killed (SIGKILL) at a random moment, start-up
-included, and started again with --resume. A run that gets through before its time is followed by
-another, until so many kills are made; the last one is left to finish. Metrics, best steps and the
-digests of the adapters must be equal; every file that a kill leaves behind must be whole. Writes
-results/resume_under_fire.json. What follows `--` goes to train_glue.py.
+train_glue.py runs once undisturbed, then under fire: killed (SIGKILL) at a random
+moment, start-up included, and started again with --resume. A run that gets through
+before its time is followed by another, until so many kills are made; the last one is
+left to finish. Metrics, best steps and the digests of the adapters must be equal; every
+file that a kill leaves behind must be whole. Writes results/resume_under_fire.json.
+What follows `--` goes to train_glue.py.
 """
 
 import argparse
@@ -30,7 +31,8 @@ RUN += ["--max-steps", "60", "--batch-size", "16"]
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """What must be equal: all of each run but its minutes, and the adapters' digests."""
+    """What must be equal: all of each run but its minutes, and the adapters'
+    digests."""
     results = json.loads((folder / "results.json").read_text())
     runs = [{**run, "minutes": None} for run in results["runs"]]
     digests = []
@@ -79,7 +81,9 @@ def main() -> None:
             process.kill()
             process.wait()
             left = progress(fire)
-            kills.append({"run": len(got), "seconds": round(life or 0, 2), "left": left})
+            kills.append(
+                {"run": len(got), "seconds": round(life or 0, 2), "left": left}
+            )
             print(f"kill {len(kills)}: {kills[-1]}", flush=True)
     equal = all(one == want for one in got)
     result = {

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts with transformers' Trainer share: a file of finished runs, and checkpoints."""
+"""What the scripts with transformers' Trainer share: a file of finished runs, and
+checkpoints."""
 
 import hashlib
 import importlib.metadata
@@ -25,37 +26,49 @@ def digest(settings: Any) -> str:
 def check(seeds: Sequence[int]) -> None:
     """ValueError for what would spoil a comparison before it begins."""
     if len({*seeds}) < len(seeds):
-        raise ValueError(f"--seeds {seeds} has one twice: a deviation needs different ones")
-    if torch.cuda.device_count() > 1:  # the Trainer would take DataParallel, which gpart refuses
-        raise ValueError("more than one GPU is visible: set CUDA_VISIBLE_DEVICES to one")
+        raise ValueError(
+            f"--seeds {seeds} has one twice: a deviation needs different ones"
+        )
+    if (
+        torch.cuda.device_count() > 1
+    ):  # the Trainer would take DataParallel, which gpart refuses
+        raise ValueError(
+            "more than one GPU is visible: set CUDA_VISIBLE_DEVICES to one"
+        )
 
 
 class Trainer(transformers.Trainer):
     """transformers' own, with checkpoints of what is trained and nothing else.
 
-    GPart does with the inherited _save too. PEFT's methods, inserted into a model, do not: it may
-    write names of transformers 4, and what reads them back skips those it does not know, with a
-    line in the log; Uni-LoRA's vector is shared by several modules, which safetensors refuses.
+    GPart does with the inherited _save too. PEFT's methods, inserted into a model, do
+    not: it may write names of transformers 4, and what reads them back skips those it
+    does not know, with a line in the log; Uni-LoRA's vector is shared by several
+    modules, which safetensors refuses.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(train_glue.copies(self.model), folder / "model.safetensors")
+        safetensors.torch.save_file(
+            train_glue.copies(self.model), folder / "model.safetensors"
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole one: trainer_state.json is what Trainer writes last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    newest = max(
+        whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None
+    )
     return str(newest) if newest else None
 
 
 class Record:
-    """A results file: settings, and cells that are computed once and written as they are done.
+    """A results file: settings, and cells that are computed once and written as they
+    are done.
 
-    .content is what the file holds; torch, device and minutes at its top are those of all cells.
-    ValueError if the file is damaged, or has cells with other settings.
+    .content is what the file holds; torch, device and minutes at its top are those of
+    all cells. ValueError if the file is damaged, or has cells with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -70,20 +83,28 @@ class Record:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no results file ({error!r}): {hint}") from None
         if differ := [key for key in settings if settings[key] != stored.get(key)]:
-            raise ValueError(f"{path} has runs with another {', '.join(differ)}: {hint}")
+            raise ValueError(
+                f"{path} has runs with another {', '.join(differ)}: {hint}"
+            )
 
     def cell(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         cells = self.content["cells"]
         if name not in cells:
             modules = ("torch", "transformers", "peft")
-            versions = {module: importlib.metadata.version(module) for module in modules}
+            versions = {
+                module: importlib.metadata.version(module) for module in modules
+            }
             cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
             cpu = f"CPU {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
             device = torch.cuda.get_device_name() if cuda else cpu
             began = time.monotonic()
             found = compute()
             minutes = round((time.monotonic() - began) / 60, 2)
-            cells[name] = found | {"minutes": minutes, "versions": versions, "device": device}
+            cells[name] = found | {
+                "minutes": minutes,
+                "versions": versions,
+                "device": device,
+            }
             self.write()
             print(f"{name}: {json.dumps(found)[:400]} ({minutes:g} min)", flush=True)
         return dict(cells[name])
@@ -97,7 +118,9 @@ class Record:
     def write(self) -> None:
         """At any moment the file is the last whole one."""
         cells = self.content["cells"].values()
-        self.content["torch"] = "; ".join(sorted({cell["versions"]["torch"] for cell in cells}))
+        self.content["torch"] = "; ".join(
+            sorted({cell["versions"]["torch"] for cell in cells})
+        )
         self.content["device"] = "; ".join(sorted({cell["device"] for cell in cells}))
         self.content["minutes"] = round(sum(cell["minutes"] for cell in cells), 1)
         self.path.parent.mkdir(parents=True, exist_ok=True)

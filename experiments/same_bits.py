@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a seed mean the same bits everywhere? Group ids, files and loaded weights compared.
+"""Does a seed mean the same bits everywhere? Group ids, files and loaded weights
+compared.
 
     python experiments/same_bits.py FOLDER        # a few minutes, 6 GB of downloads
 
-Two virtual environments are made in FOLDER (once): the oldest torch, numpy and safetensors
-that pyproject.toml allows, and those that .ci/constraints.txt pins. Each saves adapters, and each
-loads what either saved, in processes of 1 and 2 threads, with the permutation cut into chunks of
-1,000, 32,768 and a million indices, and on CUDA where there is one. All that the format fixes must
-agree to the last bit. Writes results/same_bits.json.
+Two virtual environments are made in FOLDER (once): the oldest torch, numpy and
+safetensors that pyproject.toml allows, and those that .ci/constraints.txt pins. Each
+saves adapters, and each loads what either saved, in processes of 1 and 2 threads, with
+the permutation cut into chunks of 1,000, 32,768 and a million indices, and on CUDA
+where there is one. All that the format fixes must agree to the last bit. Writes
+results/same_bits.json.
 """
 
 import itertools
@@ -77,7 +79,9 @@ def environment(folder: Path, oldest: bool) -> str:
     if not (folder / "done").exists():
         venv.create(folder, with_pip=True)
         names = ("torch", "numpy", "safetensors")
-        text = (ROOT / ("pyproject.toml" if oldest else ".ci/constraints.txt")).read_text()
+        text = (
+            ROOT / ("pyproject.toml" if oldest else ".ci/constraints.txt")
+        ).read_text()
         found = {name: re.search(rf"\b{name}[>=]=([\d.]+)", text) for name in names}
         wanted = [f"{name}=={match[1]}" for name, match in found.items() if match]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
@@ -96,7 +100,9 @@ def run(python: str, *args: str) -> dict[str, object]:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    pythons = [environment(folder / name, name == "oldest") for name in ("oldest", "newest")]
+    pythons = [
+        environment(folder / name, name == "oldest") for name in ("oldest", "newest")
+    ]
     files, runs, seen = Path(tempfile.mkdtemp()), [], {}
     versions, cuda = [], False
     for k, python in enumerate(pythons):
@@ -108,10 +114,14 @@ def main() -> None:
     settings = [*settings, ("1", "32768", "cuda")] if cuda else [*settings]
     for python, saver, setting in itertools.product(pythons, (0, 1), settings):
         info = run(python, "load", str(files / str(saver)), *setting)
-        runs.append({"torch": info["torch"], "saved by": versions[saver], "setting": setting})
+        runs.append(
+            {"torch": info["torch"], "saved by": versions[saver], "setting": setting}
+        )
         for name, sha in info["out"].items():
             seen.setdefault(name, set()).add(sha)
-        print(runs[-1], "differ:", [name for name, shas in seen.items() if len(shas) > 1])
+        print(
+            runs[-1], "differ:", [name for name, shas in seen.items() if len(shas) > 1]
+        )
     result = {
         "equal": all(len(shas) == 1 for shas in seen.values()),
         "torch": versions,

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition at scale: seconds and memory against N, and an 8B model one matrix at a time.
+"""The partition at scale: seconds and memory against N, and an 8B model one matrix at a
+time.
 
     python -m experiments.scale                     # six minutes on one CPU core, 12 GB of memory
 
-1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N), which would be
-   the ordinary way to a partition; each in a process of its own. Peak is what the process grows by.
-2. attach, load and merge: query and value of RoBERTa-base and -large, whole; q, k, v and o of Llama
-   3 8B on the meta device, one matrix materialised at a time: where the model does not fit, the ids
-   of one weight are computed when it comes.
+1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N),
+which would be
+   the ordinary way to a partition; each in a process of its own. Peak is what the
+   process grows by.
+2. attach, load and merge: query and value of RoBERTa-base and -large, whole; q, k, v
+and o of Llama
+   3 8B on the meta device, one matrix materialised at a time: where the model does not
+   fit, the ids of one weight are computed when it comes.
 
 Writes results/scale.json and figures/scale.png.
 """
@@ -96,7 +100,10 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for axis, key, label in ((axes[0], "seconds", "seconds"), (axes[1], "peak_GB", "peak, GB")):
+    for axis, key, label in (
+        (axes[0], "seconds", "seconds"),
+        (axes[1], "peak_GB", "peak, GB"),
+    ):
         for name, style in (("groups", "o-"), ("randperm", "s--")):
             values = [row[f"{name}_{key}"] for row in rows]
             axis.loglog([row["N"] for row in rows], values, style, label=name)

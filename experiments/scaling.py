@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step sends and what a device holds: formulas, confirmed where they can be run.
+"""What a training step sends and what a device holds: formulas, confirmed where they
+can be run.
 
     python -m experiments.scaling                   # half a minute; results/scaling.{json,md}
 
-With A parameters in the model, A_root of them outside its layers, N adapted weights and T trained
-numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A), in bytes:
+With A parameters in the model, A_root of them outside its layers, N adapted weights and
+T trained numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A),
+in bytes:
 
     DDP reduce     4 T                                  gradients, all-reduced
     FSDP gather    4 (A - A_root) + 2 A_root            bf16; a layer in both passes, the root once
@@ -14,14 +16,15 @@ numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A), in 
       GPart        b A + 4 d + 12 d + 4 (N + d)         theta, and group ids and scale
     DDP buckets    4 T                                  on top of the state
 
-where a frozen weight has b = 4 bytes, or 2 in bf16. FSDP divides by its W devices what it shards:
-not theta, not the ids. Of what is gathered or scattered a device sends (W - 1) / W, of what is
-all-reduced twice that. Activations come on top, and full fine-tuning keeps more of them.
+where a frozen weight has b = 4 bytes, or 2 in bf16. FSDP divides by its W devices what
+it shards: not theta, not the ids. Of what is gathered or scattered a device sends (W -
+1) / W, of what is all-reduced twice that. Activations come on top, and full fine-tuning
+keeps more of them.
 
-RoBERTa-base confirms: DDP and FSDP2 run one step with torch's fake process group of 8, and every
-collective call is counted; the state, of one device in float32, is the sum of all storages alive
-between the optimizer's step and zero_grad. FSDP's shares of the state and DDP's buckets are not
-counted. The 8B and 70B models are on the meta device.
+RoBERTa-base confirms: DDP and FSDP2 run one step with torch's fake process group of 8,
+and every collective call is counted; the state, of one device in float32, is the sum of
+all storages alive between the optimizer's step and zero_grad. FSDP's shares of the
+state and DDP's buckets are not counted. The 8B and 70B models are on the meta device.
 """
 
 import gc
@@ -46,8 +49,16 @@ HERE = Path(__file__).resolve().parent
 WORLD, RANK = 8, 8  # devices of FSDP; LoRA's r
 SIDES = ("gpart", "lora", "full")
 LLAMA = {
-    "Llama 3 8B": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336},
-    "Llama 3 70B": {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672},
+    "Llama 3 8B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+    },
+    "Llama 3 70B": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "intermediate_size": 28672,
+    },
 }
 
 
@@ -57,7 +68,13 @@ def sizes(model: nn.Module, targets: list[str], d: int) -> dict[str, int]:
     root = sum(n for name, n in numel.items() if ".layer" not in name)
     g = gpart.attach(model, d, target_modules=targets)
     lora = sum(RANK * sum(shape) for _, shape in g.manifest)
-    result = {"A": sum(numel.values()), "A_root": root, "N": g.partition.N, "d": d, "lora": lora}
+    result = {
+        "A": sum(numel.values()),
+        "A_root": root,
+        "N": g.partition.N,
+        "d": d,
+        "lora": lora,
+    }
     gpart.detach(model)
     return result
 
@@ -66,12 +83,17 @@ def trained(side: str, s: dict[str, int]) -> int:
     return {"gpart": s["d"], "lora": s["lora"], "full": s["A"]}[side]
 
 
-def formulas(side: str, s: dict[str, int], frozen: int, world: int = 1) -> dict[str, float]:
+def formulas(
+    side: str, s: dict[str, int], frozen: int, world: int = 1
+) -> dict[str, float]:
     """The docstring's bytes."""
     T = trained(side, s)
     gathered = s["A"] + (s["lora"] if side == "lora" else 0)
     state = {
-        "gpart": frozen * s["A"] / world + 12 * s["d"] + 4 * s["d"] + 4 * (s["N"] + s["d"]),
+        "gpart": frozen * s["A"] / world
+        + 12 * s["d"]
+        + 4 * s["d"]
+        + 4 * (s["N"] + s["d"]),
         "lora": (frozen * s["A"] + 12 * T + 4 * T) / world,
         "full": (4 * s["A"] + 12 * s["A"]) / world,
     }[side]
@@ -84,7 +106,8 @@ def formulas(side: str, s: dict[str, int], frozen: int, world: int = 1) -> dict[
 
 
 def sent(side: str, row: dict[str, float]) -> dict[str, float]:
-    """By each device: (W - 1) / W of what is gathered or scattered, twice that of an all-reduce."""
+    """By each device: (W - 1) / W of what is gathered or scattered, twice that of an
+    all-reduce."""
     share = (WORLD - 1) / WORLD
     return {
         "ddp_sent": 2 * share * row["ddp_reduce"],
@@ -94,13 +117,16 @@ def sent(side: str, row: dict[str, float]) -> dict[str, float]:
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes of each collective call: of the whole that is gathered or reduced."""
+    """Counts the bytes of each collective call: of the whole that is gathered or
+    reduced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = {"gather": 0, "reduce": 0}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = func._schema.name
         if name.startswith("c10d::"):
             tensors = [args[0], args[1]] if "_base_" in name else list(args[0])
@@ -120,7 +146,9 @@ def measured(side: str, name: str) -> dict[str, float]:
     """The same bytes, counted."""
     before = alive()
     model = build(side, name, "cpu")
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW(
+        [w for w in model.parameters() if w.requires_grad], lr=1e-6
+    )
     step(model, optimizer)
     state = alive() - before
     result: dict[str, float] = {"state": state}
@@ -143,7 +171,9 @@ def measured(side: str, name: str) -> dict[str, float]:
     ignored = set()
     if side == "gpart":
         ignored = {theta := model.gpart.theta}
-        theta.register_post_accumulate_grad_hook(lambda theta: dist.all_reduce(theta.grad))
+        theta.register_post_accumulate_grad_hook(
+            lambda theta: dist.all_reduce(theta.grad)
+        )
     for path, module in model.named_modules():
         if path.split(".")[-2:-1] == ["layer"]:
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -159,15 +189,21 @@ def alive() -> int:
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+        }.values()
     )
 
 
 def check(counted: dict[str, float], formula: dict[str, float]) -> None:
-    """Each figure within 0.1 %: FSDP pads, and a few small buffers are in no formula."""
+    """Each figure within 0.1 %: FSDP pads, and a few small buffers are in no
+    formula."""
     for key, value in formula.items():
         if abs(counted[key] / value - 1) > 1e-3:
-            raise ValueError(f"{key}: counted {counted[key]:,}, the formula says {value:,}")
+            raise ValueError(
+                f"{key}: counted {counted[key]:,}, the formula says {value:,}"
+            )
 
 
 def table(models: dict[str, Any]) -> str:
@@ -179,12 +215,20 @@ def table(models: dict[str, Any]) -> str:
     ]
     for name, model in models.items():
         for side, row in model["rows"].items():
-            keys = ("ddp_sent", "state_ddp", "fsdp_gather_sent", "fsdp_reduce_sent", "state")
+            keys = (
+                "ddp_sent",
+                "state_ddp",
+                "fsdp_gather_sent",
+                "fsdp_reduce_sent",
+                "state",
+            )
             cells = [
                 f"{row[k] / 1e9:,.1f} GB" if row[k] > 1e9 else f"{row[k] / 1e6:,.1f} MB"
                 for k in keys
             ]
-            lines.append(f"| {name} | {side} | {row['trained']:,} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {name} | {side} | {row['trained']:,} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
@@ -196,7 +240,9 @@ def report(confirmed: dict[str, Any], models: dict[str, Any]) -> str:
     for side, row in confirmed.items():
         for key, value in row["formula"].items():
             off = f"{100 * (row['counted'][key] / value - 1):.3f} %"
-            lines.append(f"| {side} | {key} | {value:,.0f} | {row['counted'][key]:,} | {off} |")
+            lines.append(
+                f"| {side} | {key} | {value:,.0f} | {row['counted'][key]:,} | {off} |"
+            )
     return f"""# What a training step sends and what a device holds
 
 `python -m experiments.scaling`, torch {torch.__version__}, CPU, a fake process group of {WORLD}.
@@ -225,7 +271,10 @@ def main() -> None:
     small = sizes(build("full", "roberta-base", "cpu"), ["query", "value"], 23040)
     confirmed = {}
     for side in SIDES:
-        row = {"formula": formulas(side, small, 4), "counted": measured(side, "roberta-base")}
+        row = {
+            "formula": formulas(side, small, 4),
+            "counted": measured(side, "roberta-base"),
+        }
         check(row["counted"], row["formula"])
         confirmed[side] = row
         print(side, row)
@@ -243,7 +292,9 @@ def main() -> None:
         rows = {}
         for side in SIDES:
             rows[side] = {"trained": trained(side, s), **formulas(side, s, 2, WORLD)}
-            rows[side]["state_ddp"] = formulas(side, s, 2)["state"] + rows[side]["ddp_reduce"]
+            rows[side]["state_ddp"] = (
+                formulas(side, s, 2)["state"] + rows[side]["ddp_reduce"]
+            )
             rows[side] |= sent(side, rows[side])
         models[name] = {**s, "rows": rows}
     (HERE / "results" / "scaling.md").write_text(text := report(confirmed, models))

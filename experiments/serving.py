@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving many adapters from one loaded model: seconds for a swap, bytes for a thousand.
+"""Serving many adapters from one loaded model: seconds for a swap, bytes for a
+thousand.
 
     python -m experiments.serving                   # two minutes; writes results/serving.json
 
-RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside PEFT's LoRA of rank
-8. All sides alternate in one process; the figures are medians. A swap goes to an adapter that is
+RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside PEFT's
+LoRA of rank 8. All sides alternate in one process; the figures are medians. A swap goes
+to an adapter that is
 
     file     on disk: read, checked, in place of the one before
     memory   kept in memory already: theta copied, or PEFT's set_adapter
     merged   kept in memory, while the model serves with merged weights: unmerge, swap, merge
 
-and the forward passes of one sequence of 1, 16 and 128 tokens are what a request pays then: an
-attached GPart rebuilds W + P theta whatever the number of tokens.
+and the forward passes of one sequence of 1, 16 and 128 tokens are what a request pays
+then: an attached GPart rebuilds W + P theta whatever the number of tokens.
 """
 
 import json
@@ -38,7 +40,9 @@ ROUNDS, LENGTHS = 25, (1, 16, 128)
 def main() -> None:
     g, lora = (build(side, "roberta-base", "cpu").eval() for side in ("gpart", "lora"))
     plain = build("full", "roberta-base", "cpu").eval()
-    tokens = torch.randint(5, 100, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        5, 100, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         gpart.save(g, file := f"{folder}/gpart.safetensors")
         lora.save_pretrained(f"{folder}/lora")
@@ -47,7 +51,9 @@ def main() -> None:
             "gpart": Path(file).stat().st_size,
             "lora": Path(f"{folder}/lora/adapter_model.safetensors").stat().st_size,
         }
-        merged_g, merged_lora = (build(side, "roberta-base", "cpu") for side in ("gpart", "lora"))
+        merged_g, merged_lora = (
+            build(side, "roberta-base", "cpu") for side in ("gpart", "lora")
+        )
         gpart.merge(merged_g.eval())
         merged_lora.load_adapter(f"{folder}/lora", "other")
         merged_lora.eval().merge_adapter(["default"])
@@ -98,12 +104,17 @@ def main() -> None:
     ratios = {}
     for name in models:
         for n in LENGTHS:
-            pairs = zip(times[f"forward {name}, {n}"], times[f"forward plain, {n}"], strict=True)
+            pairs = zip(
+                times[f"forward {name}, {n}"], times[f"forward plain, {n}"], strict=True
+            )
             ratios[f"{name}, {n}"] = statistics.median(a / b for a, b in pairs)
     print("| | from file, ms | from memory, ms | merged, ms | 1,000 files, MB |")
     print("|---|---|---|---|---|")
     for side, size in sizes.items():
-        row = [f"{medians[f'{what} {side}'] * 1e3:.3g}" for what in ("file", "memory", "merged")]
+        row = [
+            f"{medians[f'{what} {side}'] * 1e3:.3g}"
+            for what in ("file", "memory", "merged")
+        ]
         print(f"| {side} | {' | '.join(row)} | {size / 1e3:,.0f} |")
     print(f"\n| forward / plain | {' | '.join(f'{n} tokens' for n in LENGTHS)} |")
     print("|---" * (1 + len(LENGTHS)) + "|")

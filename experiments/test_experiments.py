@@ -40,7 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of its first user in the process, and refuses another one."""
+    """accelerate keeps the precision of its first user in the process, and refuses
+    another one."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -48,7 +49,8 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.mark.parametrize("bug", mutants.BUGS)
 def test_named_bugs_are_bugs_of_this_code(bug: str) -> None:
-    """Each named bug fits into gpart.py as it is, and leaves valid Python that differs."""
+    """Each named bug fits into gpart.py as it is, and leaves valid Python that
+    differs."""
     text = mutants.broken(SOURCE, mutants.BUGS[bug])
     compile(text, "gpart.py", "exec")
     assert text != SOURCE
@@ -59,7 +61,10 @@ def test_named_bugs_are_bugs_of_this_code(bug: str) -> None:
 def test_unwrapping_decorators_changes_nothing() -> None:
     """What mutmut mutates is gpart.py: disabled works, and is not decorated."""
     text = mutants.unwrapped(SOURCE)
-    assert "@contextlib" not in text and "disabled = contextlib.contextmanager(disabled)" in text
+    assert (
+        "@contextlib" not in text
+        and "disabled = contextlib.contextmanager(disabled)" in text
+    )
     module = types.ModuleType("gpart")
     exec(compile(text, "gpart.py", "exec"), vars(module))
     module.attach(net := torch.nn.Linear(3, 3), 2, target_modules="all-linear")
@@ -72,7 +77,9 @@ def test_unwrapping_decorators_changes_nothing() -> None:
         assert not torch.equal(net(x), y)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name
+)
 def test_results_say_what_they_ran_on(path: Path) -> None:
     """Every result file names its torch and its device, and no path of a machine."""
     result = json.loads(path.read_text())
@@ -82,14 +89,19 @@ def test_results_say_what_they_ran_on(path: Path) -> None:
 
 # --- The peers ---
 def test_peers_train_as_many_numbers_as_published() -> None:
-    """On RoBERTa-base's query and value: the parameter counts of the paper's Table 1."""
+    """On RoBERTa-base's query and value: the parameter counts of the paper's Table
+    1."""
     expected = {"unilora": 23040, "lora": 294912, "vera": 43008, "fourierft": 24000}
     expected["bitfit"] = 102144
     for method, numbers in expected.items():
         with torch.device("meta"):
-            model = transformers.RobertaModel(transformers.RobertaConfig(), add_pooling_layer=False)
+            model = transformers.RobertaModel(
+                transformers.RobertaConfig(), add_pooling_layer=False
+            )
         peers.adapt(model, method, 23040, ["query", "value"])
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers, method
+        assert (
+            sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
+        ), method
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -101,11 +113,16 @@ def test_every_side_of_the_bench_trains(side: str) -> None:
     before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
     for _ in range(2):  # LoRA's A has no gradient while B is zero
         assert one.step() > 0
-    moved = {n for n, p in one.model.named_parameters() if not torch.equal(p, before[n])}
+    moved = {
+        n for n, p in one.model.named_parameters() if not torch.equal(p, before[n])
+    }
     still = {n for n, p in one.model.named_parameters() if p.requires_grad} ^ moved
-    # the key's bias shifts all scores of a query alike, and few tokens and positions occur
+    # the key's bias shifts all scores of a query alike, and few tokens and positions
+    # occur
     assert all(side == "full" and "key.bias" in name for name in still), still
-    assert bench.adapter_bytes(side, one.model) > 4 * sum(p.numel() for p in one.trained)
+    assert bench.adapter_bytes(side, one.model) > 4 * sum(
+        p.numel() for p in one.trained
+    )
 
 
 def test_scaling_refuses_a_formula_that_is_off() -> None:
@@ -118,10 +135,13 @@ def test_scaling_refuses_a_formula_that_is_off() -> None:
 # --- The grid ---
 @pytest.fixture
 def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """put(task, method, rate, seed, metric): a finished cell, in a folder of its own."""
+    """put(task, method, rate, seed, metric): a finished cell, in a folder of its
+    own."""
     monkeypatch.setattr(glue_table, "CELLS", tmp_path)
 
-    def put(task: str, method: str, rate: float, seed: int, metric: float | None) -> None:
+    def put(
+        task: str, method: str, rate: float, seed: int, metric: float | None
+    ) -> None:
         content = {"dev": metric, "metric": metric, "trainable": 7}
         glue_table.cell(task, method, rate, seed).write_text(json.dumps(content))
 
@@ -131,7 +151,9 @@ def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_best_rate_is_the_best_mean_of_two_tasks(cells: Any) -> None:
     """None before all ten runs are there; a run that diverged counts as the worst."""
     five = glue_table.rates("lora")
-    assert sorted(five) == pytest.approx([5e-4 * 3.0**k for k in range(-2, 3)], rel=1e-2)
+    assert sorted(five) == pytest.approx(
+        [5e-4 * 3.0**k for k in range(-2, 3)], rel=1e-2
+    )
     for k, rate in enumerate(five):
         assert glue_table.best_rate("lora") is None
         cells("stsb", "lora", rate, 0, 0.9 if k == 1 else 0.6)
@@ -141,7 +163,10 @@ def test_best_rate_is_the_best_mean_of_two_tasks(cells: Any) -> None:
 
 def test_good_rates_are_good_on_both_tasks(cells: Any) -> None:
     """Within 3 points of the task's own best; a run that diverged is not."""
-    dev = {"stsb": [0.8, 0.785, 0.76, 0.795, None], "sst2": [0.905, 0.86, 0.91, 0.92, 0.92]}
+    dev = {
+        "stsb": [0.8, 0.785, 0.76, 0.795, None],
+        "sst2": [0.905, 0.86, 0.91, 0.92, 0.92],
+    }
     for task, values in dev.items():
         for rate, value in zip(glue_table.rates("lora"), values, strict=True):
             cells(task, "lora", rate, 0, value)
@@ -158,12 +183,15 @@ def test_good_rates_are_good_on_both_tasks(cells: Any) -> None:
 def test_rates_of_both_variants_take_the_same_steps() -> None:
     """A step of lr moves a weight by lr / sqrt(n), without isometry by lr."""
     shrink = (glue_table.N / glue_table.D) ** 0.5
-    pairs = zip(glue_table.rates("gpart"), glue_table.rates("gpart-noniso"), strict=True)
+    pairs = zip(
+        glue_table.rates("gpart"), glue_table.rates("gpart-noniso"), strict=True
+    )
     assert all(a == pytest.approx(b * shrink, rel=0.01) for a, b in pairs)
 
 
 def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
-    """Median and deviation over the seeds there are; an average only over all five tasks."""
+    """Median and deviation over the seeds there are; an average only over all five
+    tasks."""
     for rate in glue_table.rates("gpart"):
         for task in ("stsb", "sst2"):
             cells(task, "gpart", rate, 0, rate)
@@ -171,7 +199,9 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
     for seed, value in ((0, 0.5), (1, 0.7), (2, 0.6)):
         for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
             cells(task, "gpart", best, seed, value)
-    row = glue_table.table({"gpart": (0, 1, 2), "vera": (0,)}).splitlines()[-1]  # none of VeRA yet
+    row = glue_table.table({"gpart": (0, 1, 2), "vera": (0,)}).splitlines()[
+        -1
+    ]  # none of VeRA yet
     assert row.startswith("| GPart | 7 | 0.045 | 60.0 ± 10.0 | ")
     assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
 
@@ -217,14 +247,17 @@ def test_readme_has_the_tables_of_the_cells() -> None:
 
 
 def test_margins_pair_the_seeds(cells: Any) -> None:
-    """A spread that both methods share is no spread of their difference; a hole leaves a hole."""
+    """A spread that both methods share is no spread of their difference; a hole leaves
+    a hole."""
     for method, less in (("gpart", 0.0), ("lora", 0.25)):
         for rate in glue_table.rates(method):
             for task in ("stsb", "sst2"):
                 cells(task, method, rate, 0, rate)
         for seed, value in ((0, 0.5), (1, 0.75), (2, 1.0)):
             for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
-                cells(task, method, glue_table.best_rate(method) or 0, seed, value - less)
+                cells(
+                    task, method, glue_table.best_rate(method) or 0, seed, value - less
+                )
     row = glue_table.margins("gpart", ("lora",), (0, 1, 2)).splitlines()[-1]
     assert row == f"| LoRA, rank 8 | {'+25.0 ± 0.0 | ' * 4} |  |"
     cells("cola", "gpart", glue_table.best_rate("gpart") or 0, 2, None)  # diverged: 0
@@ -233,7 +266,9 @@ def test_margins_pair_the_seeds(cells: Any) -> None:
     assert row.endswith("| -8.3 ± 57.7 | +18.3 ± 11.5 |")
 
 
-def test_finished_cells_are_not_run_again(cells: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_are_not_run_again(
+    cells: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """run gives back what the file says, and run_all starts no process for it."""
     monkeypatch.delattr(glue_table.multiprocessing, "get_context")
     cells("rte", "head", 1e-3, 2, 0.6)
@@ -256,14 +291,19 @@ def test_a_folder_that_is_not_there_is_refused_at_once(
     """Before a process is started for any cell; a folder that is there is taken."""
     monkeypatch.setattr(sys, "argv", ["glue_table", "--data-dir", str(tmp_path)])
     assert glue_table.parse(None).data_dir == str(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["glue_table", "--data-dir", str(tmp_path / "none")])
+    monkeypatch.setattr(
+        sys, "argv", ["glue_table", "--data-dir", str(tmp_path / "none")]
+    )
     with pytest.raises(SystemExit):
         glue_table.parse(None)
     assert "none: no such folder; it takes" in capsys.readouterr().err
 
 
-def test_scaled_rate_keeps_the_step_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lr / sqrt(N / d) is the same for every d, up to the three digits a rate is given with."""
+def test_scaled_rate_keeps_the_step_of_a_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """lr / sqrt(N / d) is the same for every d, up to the three digits a rate is given
+    with."""
     monkeypatch.setattr(glue_table, "best_rate", lambda method: 0.005)
     steps = [rate * d**0.5 for d, rate in dimension.points("scaled")]
     assert steps == pytest.approx([0.005 * 23040**0.5] * len(steps), rel=5e-3)
@@ -278,8 +318,11 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
 
 
 def test_readme_has_the_tables_of_the_files() -> None:
-    """Of dimension, landscape and decay: every number, and what it was measured with."""
-    around, decays = (runs.Record(RESULTS / f"{name}.json", {}) for name in ("landscape", "decay"))
+    """Of dimension, landscape and decay: every number, and what it was measured
+    with."""
+    around, decays = (
+        runs.Record(RESULTS / f"{name}.json", {}) for name in ("landscape", "decay")
+    )
     names = {*decays.content["cells"]}
     kinds = {kind: decay.curves(decays, "nowhere", kind) for kind in decay.DECAYS}
     assert names == {*decays.content["cells"]}  # nothing was trained
@@ -308,7 +351,8 @@ def test_readme_has_the_table_beyond_glue() -> None:
 
 
 def test_algebra_holds_on_real_adapters() -> None:
-    """Distances and cosines of theta are those of the updates; of LoRA's factors they are not."""
+    """Distances and cosines of theta are those of the updates; of LoRA's factors they
+    are not."""
     record = runs.Record(RESULTS / "algebra.json", {})
     assert algebra.render(record) == (RESULTS / "algebra.md").read_text()
     cells = record.content["cells"]
@@ -318,13 +362,17 @@ def test_algebra_holds_on_real_adapters() -> None:
     for pair in found["geometry"]["lora"].values():
         assert pair["coordinates"]["distance"] > 1.1 * pair["update"]["distance"]
     assert found["nest"]["update changed by"] < 1e-6
-    assert found["gauge"]["c = 10"]["update"]["distance"] < 1e-6 * found["gauge"]["norms"]["update"]
+    assert (
+        found["gauge"]["c = 10"]["update"]["distance"]
+        < 1e-6 * found["gauge"]["norms"]["update"]
+    )
 
 
 # --- Decay and landscape ---
 @pytest.mark.parametrize("factor", [1.0, 8.8, 76.8])
 def test_decay_finds_the_factor_between_two_curves(factor: float) -> None:
-    """The same curve, shifted by a factor along the decay: that factor, wherever the points lie."""
+    """The same curve, shifted by a factor along the decay: that factor, wherever the
+    points lie."""
     norm = lambda x: 3.0 / (1.0 + x) ** 2  # noqa: E731
     grid = [10.0**k for k in range(-4, 5)]
     curves = {
@@ -341,7 +389,9 @@ def test_decay_refuses_to_guess_beyond_its_points() -> None:
         decay.crossing(curve, 1.0)
 
 
-def test_decay_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decay_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decay that works as expected is found to, and a second call trains nothing."""
     trained = []
 
@@ -384,7 +434,10 @@ def test_landscape_measures_the_hessian() -> None:
     loss = landscape.Loss.__new__(landscape.Loss)
     loss.theta = torch.nn.Parameter(torch.randn(6, generator=draw))
     loss.start = loss.theta.detach().clone()
-    loss.model, loss.batches = Quadratic(A, loss.theta), [{"offset": 1.0}, {"offset": 3.0}]
+    loss.model, loss.batches = (
+        Quadratic(A, loss.theta),
+        [{"offset": 1.0}, {"offset": 3.0}],
+    )
     torch.testing.assert_close(loss.hessian(u), A @ u)
     assert loss.at(u) == pytest.approx(float(u @ A @ u / 2 + 2), rel=1e-5)
     assert torch.equal(loss.theta, loss.start)
@@ -400,8 +453,11 @@ def test_landscape_measures_how_far_weights_move() -> None:
         assert loss.moved(landscape.unit(4, 0)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without isometry its curvature is n times as large, per weight distance the same."""
+def test_landscape_does_not_depend_on_the_units_of_theta(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without isometry its curvature is n times as large, per weight distance the
+    same."""
     monkeypatch.setattr(landscape, "DIRECTIONS", 3)
     monkeypatch.setattr(landscape, "SIDE", 2)
     d, n = 32, 8
@@ -418,45 +474,66 @@ def test_landscape_does_not_depend_on_the_units_of_theta(monkeypatch: pytest.Mon
         found[isometric] = landscape.measure(loss)
     top = torch.linalg.eigvalsh(A).flip(0)[:5].tolist()
     for isometric, result in found.items():
-        assert result["top"] == pytest.approx([t * (1 if isometric else n) for t in top], rel=1e-3)
+        assert result["top"] == pytest.approx(
+            [t * (1 if isometric else n) for t in top], rel=1e-3
+        )
         assert result["top per weight distance"] == pytest.approx(top, rel=1e-2)
     ratios = [result["ratio"] for result in found.values()]
     assert ratios == pytest.approx(ratios[:1] * 2, rel=1e-3)
     assert json.loads(json.dumps(found[True])) == found[True]
     methods = {"gpart": found[True], "unilora": found[False]}
-    cells = {f"{method}-{seed}": cell for method, cell in methods.items() for seed in range(3)}
+    cells = {
+        f"{method}-{seed}": cell
+        for method, cell in methods.items()
+        for seed in range(3)
+    }
     rows = [line.split(" | ") for line in landscape.table(cells).splitlines()]
     (scale,) = (row[3] for row in rows if row[0] == "| largest eigenvalue")
-    assert [float(x) for x in scale.rstrip(" |").split(", ")] == pytest.approx([n] * 3, rel=1e-2)
-    same = [float(x) for x in rows[-1][3].rstrip(" |").split(", ")]  # per weight distance
+    assert [float(x) for x in scale.rstrip(" |").split(", ")] == pytest.approx(
+        [n] * 3, rel=1e-2
+    )
+    same = [
+        float(x) for x in rows[-1][3].rstrip(" |").split(", ")
+    ]  # per weight distance
     assert same == pytest.approx([1] * 3, rel=2e-2)
     first = landscape.spectra(cells).splitlines()[2].split(" | ")
     assert [float(x) for x in first[2].split(", ")] == pytest.approx(top, rel=1e-2)
 
 
 def test_landscape_is_that_of_the_solutions_in_the_first_table() -> None:
-    """Each seed's own, at the method's best rate: the validation metric is that of its cell."""
+    """Each seed's own, at the method's best rate: the validation metric is that of its
+    cell."""
     around = runs.Record(RESULTS / "landscape.json", {}).content["cells"]
-    assert {*around} == {f"{m}-{seed}" for m in landscape.METHODS for seed in landscape.SEEDS}
+    assert {*around} == {
+        f"{m}-{seed}" for m in landscape.METHODS for seed in landscape.SEEDS
+    }
     for name, cell in around.items():
         method, seed = name.split("-")
-        assert cell["metric"] == pytest.approx(glue_table.score("stsb", method, int(seed)))
+        assert cell["metric"] == pytest.approx(
+            glue_table.score("stsb", method, int(seed))
+        )
 
 
 def test_landscape_measures_the_rise_of_the_loss() -> None:
     """The mean over a grid, above the loss in its middle."""
     flat, bowl = [[2.0] * 3] * 3, [[4.0, 3.0, 4.0], [3.0, 2.0, 3.0], [4.0, 3.0, 4.0]]
-    assert landscape.rises({"loss": 2.0, "grids": [flat, bowl]}) == pytest.approx([0, 12 / 9])
+    assert landscape.rises({"loss": 2.0, "grids": [flat, bowl]}) == pytest.approx(
+        [0, 12 / 9]
+    )
 
 
 # --- Algebra ---
 @pytest.mark.parametrize("isometric", [True, False])
-@pytest.mark.parametrize(("N", "d", "k"), [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)])
+@pytest.mark.parametrize(
+    ("N", "d", "k"), [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)]
+)
 def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) -> None:
     """theta in d groups and embedded in k d groups move every weight alike."""
     coarse = gpart.Partition(N, d, seed=3, isometric=isometric)
     fine = gpart.Partition(N, k * d, seed=3, isometric=isometric)
-    theta = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.randn(
+        d, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     embedded = algebra.embed(theta, coarse, fine)
     torch.testing.assert_close(fine.expand(embedded), coarse.expand(theta))
     if isometric:
@@ -464,7 +541,8 @@ def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) ->
 
 
 def test_other_gauge_has_the_same_update() -> None:
-    """(cB, A/c): equal to rounding, for powers of two bit for bit, and no factor entry is."""
+    """(cB, A/c): equal to rounding, for powers of two bit for bit, and no factor entry
+    is."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     peers.adapt(model, "lora", 0, ["0", "1"])
@@ -481,8 +559,11 @@ def test_other_gauge_has_the_same_update() -> None:
 
 
 @pytest.mark.slow
-def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapters of one step on the toy tasks already obey the laws that the results are about."""
+def test_algebra_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of one step on the toy tasks already obey the laws that the results are
+    about."""
     read_data = train_glue.read_data
 
     def few(args: Any) -> Any:
@@ -490,14 +571,22 @@ def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.Monke
         return train[:100], test[:20], source
 
     monkeypatch.setattr(train_glue, "read_data", few)
-    short = {task: ["--max-steps", "1", "--max-length", "16"] for task in glue_table.BUDGET}
+    short = {
+        task: ["--max-steps", "1", "--max-length", "16"] for task in glue_table.BUDGET
+    }
     monkeypatch.setattr(glue_table, "BUDGET", short)
     monkeypatch.setattr(glue_table, "best_rate", {"gpart": 0.01, "lora": 0.01}.get)
     monkeypatch.setattr(glue_table, "dev", lambda task, method, rate, d: -rate)
     monkeypatch.setattr(algebra, "HERE", tmp_path)
     monkeypatch.setattr(algebra, "STEPS", 1)
     (tmp_path / "results").mkdir()
-    command = ["algebra", "--data-dir", str(mutants.ROOT / "toy_glue"), "--work", str(tmp_path)]
+    command = [
+        "algebra",
+        "--data-dir",
+        str(mutants.ROOT / "toy_glue"),
+        "--work",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     algebra.main()
     cells = json.loads((tmp_path / "results" / "algebra.json").read_text())["cells"]
@@ -514,8 +603,13 @@ def test_algebra_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.Monke
     assert found["nest"]["update changed by"] < 1e-6
     assert found["nest"]["embedded"] == pytest.approx(found["nest"]["before"], abs=0.02)
     assert found["gauge"]["c = 10"]["factors"]["distance"] > 1
-    assert found["gauge"]["c = 10"]["update"]["distance"] < 1e-5 * found["gauge"]["norms"]["update"]
-    monkeypatch.setattr(algebra, "PARTS", dict.fromkeys(algebra.PARTS))  # nothing is run again
+    assert (
+        found["gauge"]["c = 10"]["update"]["distance"]
+        < 1e-5 * found["gauge"]["norms"]["update"]
+    )
+    monkeypatch.setattr(
+        algebra, "PARTS", dict.fromkeys(algebra.PARTS)
+    )  # nothing is run again
     algebra.main()
     assert "## Gauge" in (tmp_path / "results" / "algebra.md").read_text()
 
@@ -531,7 +625,12 @@ def test_updates_combine_linearly() -> None:
 
 
 # --- The model card ---
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 9,
+}
 CARDS = {  # class of the model: its configuration, targets, head, number of labels
     "AutoModelForSequenceClassification": (
         transformers.DistilBertConfig(
@@ -562,12 +661,16 @@ def test_code_in_the_model_card_loads_the_adapter(
     monkeypatch.chdir(tmp_path)
     model = load("base", **more).eval()
     model.name_or_path = "../base"
-    gpart.attach(model, 7, target_modules=targets, modules_to_save=heads).theta.data.fill_(0.5)
+    gpart.attach(
+        model, 7, target_modules=targets, modules_to_save=heads
+    ).theta.data.fill_(0.5)
     for head in heads:
         model.get_submodule(head).weight.data.fill_(0.25)
     gpart.save(model, "a.safetensors")
     for _ in range(2):  # a card may be written anew
-        path = model_card.write(Path("a.safetensors"), Path("folder"), auto, labels, "mit")
+        path = model_card.write(
+            Path("a.safetensors"), Path("folder"), auto, labels, "mit"
+        )
     text = path.read_text()
     assert "license: mit" in text and "7 trained numbers move\n512 weights" in text
     monkeypatch.chdir("folder")
@@ -578,8 +681,11 @@ def test_code_in_the_model_card_loads_the_adapter(
 
 
 def test_model_card_is_for_whole_gpart_files_only(tmp_path: Path) -> None:
-    """Another file is refused by name, a README.md that is there stays, nothing is written."""
-    gpart.attach(net := torch.nn.Sequential(torch.nn.Linear(4, 4)), 3, target_modules="0")
+    """Another file is refused by name, a README.md that is there stays, nothing is
+    written."""
+    gpart.attach(
+        net := torch.nn.Sequential(torch.nn.Linear(4, 4)), 3, target_modules="0"
+    )
     gpart.save(net, tmp_path / "good")
     damaged = bytearray((tmp_path / "good").read_bytes())
     damaged[-1] ^= 1
@@ -587,10 +693,18 @@ def test_model_card_is_for_whole_gpart_files_only(tmp_path: Path) -> None:
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other")
     (tmp_path / "text").write_text("no")
     (tmp_path / "README.md").write_text("a project")
-    messages = {"other": "format None, not", "text": "no safetensors", "damaged": "sha256 is wrong"}
+    messages = {
+        "other": "format None, not",
+        "text": "no safetensors",
+        "damaged": "sha256 is wrong",
+    }
     for name, message in messages.items():
         with pytest.raises(SystemExit, match=message):
-            model_card.main([str(tmp_path / name), str(tmp_path / "new"), "--auto-class", "X"])
+            model_card.main(
+                [str(tmp_path / name), str(tmp_path / "new"), "--auto-class", "X"]
+            )
     with pytest.raises(SystemExit, match="exists and is no model card"):
         model_card.main([str(tmp_path / "good"), str(tmp_path), "--auto-class", "X"])
-    assert (tmp_path / "README.md").read_text() == "a project" and not (tmp_path / "new").exists()
+    assert (tmp_path / "README.md").read_text() == "a project" and not (
+        tmp_path / "new"
+    ).exists()

@@ -21,7 +21,16 @@ ROWS = [
     for a in range(9)
     for b in range(9)
 ]
-SMALL = ["--max-steps", "8", "--accumulation", "2", "--d", "128", "--target-modules", "o_proj"]
+SMALL = [
+    "--max-steps",
+    "8",
+    "--accumulation",
+    "2",
+    "--d",
+    "128",
+    "--target-modules",
+    "o_proj",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path, *more: str) -> list[str]:
     data = str(folder / "sums.jsonl")
     result = ["--train", data, "--test", data, "--model", str(folder / "model"), *SMALL]
-    return [*result, "--work", str(folder / "work"), "--output", str(folder / "out.json"), *more]
+    return [
+        *result,
+        "--work",
+        str(folder / "work"),
+        "--output",
+        str(folder / "out.json"),
+        *more,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +89,8 @@ def test_final_answer_is_the_last_one_given(text: str, answer: str) -> None:
 
 
 def test_answers_are_compared_by_value() -> None:
-    """Numbers and expressions, however they are written; and no answer is never right."""
+    """Numbers and expressions, however they are written; and no answer is never
+    right."""
     same = [("$1,000.0", "1000"), ("0.5", "1/2"), ("50\\%", "50"), ("x + 1", "x+1")]
     same += [("\\dfrac{1}{2}", "\\frac12"), ("5\\text{ cm}", "5"), ("72", "72")]
     for got, expected in same:
@@ -87,9 +104,15 @@ def test_loss_is_on_the_answer_and_its_end_only(folder: Path) -> None:
     """Labels hide the prompt; a row that is too long is left out, not cut."""
     bench = train_math.Bench(train_math.parse(command(folder)))
     (one,) = train_math.encode(bench.tokenizer, ROWS[:1], 100)
-    shown = [i for i, label in zip(one["input_ids"], one["labels"], strict=True) if label != -100]
+    shown = [
+        i
+        for i, label in zip(one["input_ids"], one["labels"], strict=True)
+        if label != -100
+    ]
     assert bench.tokenizer.decode(shown) == f" {ROWS[0][1]}<end>"
-    assert bench.tokenizer.decode(one["input_ids"]).startswith("Question: What is 0 plus 0?")
+    assert bench.tokenizer.decode(one["input_ids"]).startswith(
+        "Question: What is 0 plus 0?"
+    )
     assert train_math.encode(bench.tokenizer, ROWS[:1], len(one["input_ids"]) - 1) == []
 
 
@@ -108,7 +131,8 @@ def test_loss_does_not_depend_on_the_batches(folder: Path) -> None:
 
 
 def test_generation_does_not_depend_on_the_batch(folder: Path) -> None:
-    """Prompts of different lengths, padded on the left: each continues as it does alone."""
+    """Prompts of different lengths, padded on the left: each continues as it does
+    alone."""
     args = train_math.parse(command(folder, "--max-new-tokens", "8"))
     bench = train_math.Bench(args)
     model = train_math.build(args, "none", 0)
@@ -125,7 +149,8 @@ def test_generation_does_not_depend_on_the_batch(folder: Path) -> None:
 def test_exact_match_is_the_share_of_right_answers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that adds up gets all sums right, one that says the same always only those."""
+    """A model that adds up gets all sums right, one that says the same always only
+    those."""
     args = train_math.parse(command(folder))
     bench = train_math.Bench(args)
     model = train_math.build(args, "none", 0)
@@ -154,15 +179,21 @@ def test_exact_match_is_the_share_of_right_answers(
 
 
 def test_best_rate_stops_at_the_first_rise() -> None:
-    """Up while the loss falls, else down, so that the best lies between two that are worse."""
+    """Up while the loss falls, else down, so that the best lies between two that are
+    worse."""
     for best in (-3, -1, 0, 1, 4):
         seen = []
 
         def loss_at(rate: float, best: int = best, seen: list[float] = seen) -> float:
             seen.append(rate)
-            return abs(torch.tensor(rate / 2e-4).log().div(torch.tensor(3.0).log()).item() - best)
+            return abs(
+                torch.tensor(rate / 2e-4).log().div(torch.tensor(3.0).log()).item()
+                - best
+            )
 
-        assert train_math.best_rate(2e-4, loss_at) == pytest.approx(2e-4 * 3.0**best, rel=0.01)
+        assert train_math.best_rate(2e-4, loss_at) == pytest.approx(
+            2e-4 * 3.0**best, rel=0.01
+        )
         assert min(seen) < 2e-4 * 3.0**best < max(seen) or best in (0,)
 
 
@@ -190,7 +221,16 @@ def test_every_method_learns_and_is_not_run_again(folder: Path, capsys: Any) -> 
 @pytest.mark.slow
 def test_run_that_diverges_is_a_result(folder: Path, tmp_path: Path) -> None:
     """The search goes on with other rates, and the table says nan."""
-    more = ("--seeds", "0", "--lr", "1e38", "--methods", "gpart", "--output", str(tmp_path / "a"))
+    more = (
+        "--seeds",
+        "0",
+        "--lr",
+        "1e38",
+        "--methods",
+        "gpart",
+        "--output",
+        str(tmp_path / "a"),
+    )
     assert train_math.main(command(folder, *more)).splitlines()[-1].endswith("| nan |")
     assert runs_of(tmp_path, "a")["gpart-lr1e+38-seed0"]["dev"] is None
 
@@ -199,11 +239,16 @@ def test_mistakes_are_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was got, what is allowed, the way out; nothing is written."""
-    (tmp_path / "other.jsonl").write_text('{"question": "a", "answer": 5}\n\n{"text": "a"}\n')
+    (tmp_path / "other.jsonl").write_text(
+        '{"question": "a", "answer": 5}\n\n{"text": "a"}\n'
+    )
     (tmp_path / "torn.json").write_text('{"settings": 1')
     data, new = str(folder / "sums.jsonl"), str(tmp_path / "new.json")
     cases = [
-        (["--train", str(tmp_path / "other.jsonl")], "line 3 is {'text': 'a'}: it must have"),
+        (
+            ["--train", str(tmp_path / "other.jsonl")],
+            "line 3 is {'text': 'a'}: it must have",
+        ),
         (["--train", str(tmp_path / "none.jsonl")], "No such file"),
         (["--test", data, data], "two of them would both be called"),
         (["--d", "10000000"], "d must be in 1..N = 1..2048"),
@@ -262,7 +307,12 @@ def test_killed_run_resumes_to_the_same_numbers(
     more = ["--seeds", "0", "--lr", "0.05", "--methods", method, "--save-steps", "2"]
 
     def again(name: str, *other: str) -> Any:
-        output = ("--work", str(tmp_path / name), "--output", str(tmp_path / f"{name}.json"))
+        output = (
+            "--work",
+            str(tmp_path / name),
+            "--output",
+            str(tmp_path / f"{name}.json"),
+        )
         train_math.main(command(folder, *more, *output, *other))
         one = runs_of(tmp_path, f"{name}.json")[f"{method}-lr0.05-seed0"]
         return {key: one[key] for key in ("dev", "test")}
@@ -278,7 +328,9 @@ def test_killed_run_resumes_to_the_same_numbers(
     seen: list[str | None] = []
     found = train_math.runs.last_checkpoint
     monkeypatch.setattr(
-        train_math.runs, "last_checkpoint", lambda path: seen.append(found(path)) or seen[-1]
+        train_math.runs,
+        "last_checkpoint",
+        lambda path: seen.append(found(path)) or seen[-1],
     )
     assert again("killed") == whole
     assert seen == [str(left)] and not left.exists()
@@ -290,7 +342,9 @@ def test_killed_run_resumes_to_the_same_numbers(
 
 
 @pytest.mark.slow
-def test_accumulated_gradients_are_those_of_the_whole_batch(folder: Path, tmp_path: Path) -> None:
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    folder: Path, tmp_path: Path
+) -> None:
     """2 x 4 rows, with answers of different lengths, take the same steps as 1 x 8."""
     thetas = []
     args = train_math.parse(command(folder))

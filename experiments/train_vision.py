@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapt a vision transformer to images, with transformers' own Trainer: GPart beside its peers.
+"""Adapt a vision transformer to images, with transformers' own Trainer: GPart beside
+its peers.
 
     python -m experiments.train_vision                          # offline: digits, minutes on a CPU
     python -m experiments.train_vision --model google/vit-base-patch16-224-in21k --data DTD
     python -m experiments.train_vision --model FOLDER --data FOLDER  # train/CLASS/*.png, test/CLASS
 
-Without --model, a ViT of 0.2 M parameters is pretrained on scikit-learn's digits and then adapted
-to the same digits turned by 90 degrees: there the pretrained model is at chance, and its features
-are of some use to a new head. (The table has the other shifts that were looked at; where colours
-are inverted it is far below chance, so systematically wrong.) The dev split picks every run's
-checkpoint and, with the first seed, the learning rates: first the head's, with the body frozen,
-which all methods then use, then each method's own. The test split is only reported on. The head
-starts at random, as on new classes; the partition's seed is 0 in all runs.
+Without --model, a ViT of 0.2 M parameters is pretrained on scikit-learn's digits and
+then adapted to the same digits turned by 90 degrees: there the pretrained model is at
+chance, and its features are of some use to a new head. (The table has the other shifts
+that were looked at; where colours are inverted it is far below chance, so
+systematically wrong.) The dev split picks every run's checkpoint and, with the first
+seed, the learning rates: first the head's, with the body frozen, which all methods then
+use, then each method's own. The test split is only reported on. The head starts at
+random, as on new classes; the partition's seed is 0 in all runs.
 
-With --model, --data names one of the paper's eight data sets, another one of the hub (OWNER/NAME),
-or a folder. The recipe is that of the ViT script in the paper's public code (20 epochs, 256 rows a
-step, warmup over 40 % of the steps, weight decay 0.01, head lr 3e-3, d 72,000), but images go
-through the model's own processor without augmentation, and theta's lr is 5e-3, that of Table 6. The
-paper's Table 8, which has the learning rates for each data set, was not at hand; the default of
-that script is 4e-3 (--lr).
+With --model, --data names one of the paper's eight data sets, another one of the hub
+(OWNER/NAME), or a folder. The recipe is that of the ViT script in the paper's public
+code (20 epochs, 256 rows a step, warmup over 40 % of the steps, weight decay 0.01, head
+lr 3e-3, d 72,000), but images go through the model's own processor without
+augmentation, and theta's lr is 5e-3, that of Table 6. The paper's Table 8, which has
+the learning rates for each data set, was not at hand; the default of that script is
+4e-3 (--lr).
 
-Every run is checked: the best checkpoint is what was evaluated, merged weights classify as the
-attached ones, and so does the adapter loaded from its file into a fresh model. For the digits the
-table also has the best that a head can do on the frozen features, logistic regression trained to
-the end. One process and one device. Adapters, checkpoints and the pretrained weights are in
-runs/vision, finished runs in the results file (--output), where none is run again; a killed one
-goes on from its last checkpoint.
+Every run is checked: the best checkpoint is what was evaluated, merged weights classify
+as the attached ones, and so does the adapter loaded from its file into a fresh model.
+For the digits the table also has the best that a head can do on the frozen features,
+logistic regression trained to the end. One process and one device. Adapters,
+checkpoints and the pretrained weights are in runs/vision, finished runs in the results
+file (--output), where none is run again; a killed one goes on from its last checkpoint.
 """
 
 import argparse
@@ -54,8 +57,8 @@ import train_glue
 from experiments import peers, runs
 
 HERE = Path(__file__).resolve().parent
-# The paper's eight: hub id and label. The ids are those of its public code, but for DTD (there an
-# archive) and FGVC (there torchvision's).
+# The paper's eight: hub id and label. The ids are those of its public code, but for DTD
+# (there an archive) and FGVC (there torchvision's).
 DATASETS = {
     "OxfordPets": ("timm/oxford-iiit-pet", "label"),
     "StanfordCars": ("tanganke/stanford_cars", "label"),
@@ -67,9 +70,22 @@ DATASETS = {
     "CIFAR100": ("uoft-cs/cifar100", "fine_label"),
 }
 METHODS = ("gpart", "head", "full", *peers.METHODS)
-NAMES = {"gpart": "GPart", "unilora": "Uni-LoRA", "lora": "LoRA, rank 8", "head": "head alone"}
-LR = {"gpart": 5e-3, "full": 5e-5, "head": 0.0, **peers.LR}  # head has a body that does not train
-TARGETS = (("q_proj", "v_proj"), ("query", "value"))  # ViT's names in transformers 5, and before
+NAMES = {
+    "gpart": "GPart",
+    "unilora": "Uni-LoRA",
+    "lora": "LoRA, rank 8",
+    "head": "head alone",
+}
+LR = {
+    "gpart": 5e-3,
+    "full": 5e-5,
+    "head": 0.0,
+    **peers.LR,
+}  # head has a body that does not train
+TARGETS = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+)  # ViT's names in transformers 5, and before
 WARMUP = 0.4
 HUB = {"d": 72000, "batch_size": 64, "accumulate": 4, "head_lr": [3e-3], "workers": 4}
 DIGITS = {
@@ -79,7 +95,13 @@ DIGITS = {
     "head_lr": [1e-2, 3e-2, 1e-1, 3e-1],
     "workers": 0,
 }
-SEARCH = (1, 3, 10, 30, 100)  # times LR: what the dev split chooses from, with the digits
+SEARCH = (
+    1,
+    3,
+    10,
+    30,
+    100,
+)  # times LR: what the dev split chooses from, with the digits
 SHIFTS = {  # of images [n, 1, 8, 8] in -1..1
     "upright": lambda images: images,
     "turned": lambda images: images.rot90(1, (2, 3)),
@@ -98,7 +120,16 @@ VIT = {  # [1, 8, 8] in four patches
 }
 PRETRAIN: dict[str, Any] = {"vit": VIT, "epochs": 40, "batch_size": 32, "accumulate": 1}
 PRETRAIN |= {"lr": 1e-3, "weight_decay": 0.1, "bf16": False, "seed": 0}
-SETTINGS = ("model", "data", "d", "epochs", "batch_size", "accumulate", "weight_decay", "bf16")
+SETTINGS = (
+    "model",
+    "data",
+    "d",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "weight_decay",
+    "bf16",
+)
 SETTINGS += ("target_modules", "image_column", "label_column")
 
 
@@ -106,7 +137,9 @@ SETTINGS += ("target_modules", "image_column", "label_column")
 def digits(shift: str) -> dict[str, Any]:
     """{train, dev, test} of scikit-learn's digits: 997, 300 and 500 rows."""
     x, y = load_digits(return_X_y=True)
-    images = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1  # [1797, 1, 8, 8]
+    images = (
+        torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    )  # [1797, 1, 8, 8]
     images = SHIFTS[shift](images)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"pixel_values": images[i], "labels": int(y[i])} for i in order]
@@ -119,8 +152,12 @@ def column(features: Any, kind: type, given: str | None, flag: str) -> str:
     if given in names or (given is None and len(names) == 1):
         return given or names[0]
     if not names:
-        raise ValueError(f"the data has no {kind.__name__} column, only {', '.join(features)}")
-    raise ValueError(f"{flag} must be one of the {kind.__name__} columns {names}, got {given}")
+        raise ValueError(
+            f"the data has no {kind.__name__} column, only {', '.join(features)}"
+        )
+    raise ValueError(
+        f"{flag} must be one of the {kind.__name__} columns {names}, got {given}"
+    )
 
 
 def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int]]:
@@ -130,7 +167,9 @@ def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int
     folder = Path(args.data)
     if label is None and not folder.is_dir() and args.data.count("/") != 1:
         names = ", ".join(DATASETS)
-        raise ValueError(f"--data {args.data} is no folder, no OWNER/NAME and none of {names}")
+        raise ValueError(
+            f"--data {args.data} is no folder, no OWNER/NAME and none of {names}"
+        )
     try:
         if label is None and folder.is_dir():
             parts = datasets.load_dataset("imagefolder", data_dir=str(folder))
@@ -138,29 +177,41 @@ def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int
             parts = datasets.load_dataset(source)
     except Exception as error:  # datasets and the hub share no type for "not to be had"
         why = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(f"cannot load --data {args.data}: {type(error).__name__}: {why}") from None
+        raise ValueError(
+            f"cannot load --data {args.data}: {type(error).__name__}: {why}"
+        ) from None
     if missing := [part for part in ("train", "test") if part not in parts]:
         raise ValueError(
             f"--data {args.data} has {', '.join(parts)}, but no {' and no '.join(missing)}"
         )
-    if not (dev := next((parts[k] for k in ("validation", "valid", "val") if k in parts), None)):
+    if not (
+        dev := next(
+            (parts[k] for k in ("validation", "valid", "val") if k in parts), None
+        )
+    ):
         few = max(1, min(1000, len(parts["train"]) // 10))
         cut = parts["train"].train_test_split(test_size=few, seed=0)
         parts["train"], dev = cut["train"], cut["test"]
     splits = {"train": parts["train"], "dev": dev, "test": parts["test"]}
     features = splits["train"].features
     image = column(features, datasets.Image, args.image_column, "--image-column")
-    label = column(features, datasets.ClassLabel, args.label_column or label, "--label-column")
+    label = column(
+        features, datasets.ClassLabel, args.label_column or label, "--label-column"
+    )
     classes = range(features[label].num_classes)
     labels = {part: list(split[label]) for part, split in splits.items()}
     if bare := [part for part, values in labels.items() if not {*values} <= {*classes}]:
         hint = "a folder needs train/CLASS and test/CLASS"
-        raise ValueError(f"--data {args.data} has images without a class in {bare[0]}: {hint}")
+        raise ValueError(
+            f"--data {args.data} has images without a class in {bare[0]}: {hint}"
+        )
     processor = load(transformers.AutoImageProcessor, args.model, args.model)
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
         rgb = [picture.convert("RGB") for picture in batch[image]]
-        pixels = processor(rgb, return_tensors="pt")["pixel_values"]  # [rows, 3, height, width]
+        pixels = processor(rgb, return_tensors="pt")[
+            "pixel_values"
+        ]  # [rows, 3, height, width]
         return {"pixel_values": pixels, "labels": batch[label]}
 
     ready = {part: split.with_transform(prepare) for part, split in splits.items()}
@@ -185,7 +236,10 @@ def load(auto: Any, path: str, name: str, **settings: Any) -> Any:
     try:
         return auto.from_pretrained(path, **settings)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        why, hint = str(error).splitlines()[0], "--model takes a name on the hub, or a folder"
+        why, hint = (
+            str(error).splitlines()[0],
+            "--model takes a name on the hub, or a folder",
+        )
         raise ValueError(f"cannot load the model {name!r}: {why} ({hint})") from None
 
 
@@ -195,25 +249,36 @@ def base(job: Job) -> Any:
     auto = transformers.AutoModelForImageClassification
     model = load(auto, job.path, job.name, **settings).float()
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
-        raise ValueError(f"{job.name} has no linear layer called classifier, as a ViT has")
+        raise ValueError(
+            f"{job.name} has no linear layer called classifier, as a ViT has"
+        )
     model.heads = ["classifier"]
-    model.name_or_path = job.name  # what gpart.save records: a name, not a path of this machine
+    model.name_or_path = (
+        job.name
+    )  # what gpart.save records: a name, not a path of this machine
     return model
 
 
 def build(job: Job, method: str, seed: int) -> Any:
-    """The pretrained model with a head drawn from seed; only what method trains is trainable."""
+    """The pretrained model with a head drawn from seed; only what method trains is
+    trainable."""
     model = base(job)
     torch.manual_seed(seed)
     model.classifier.reset_parameters()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = job.args.target_modules or next((t for t in TARGETS if names.issuperset(t)), None)
+    targets = job.args.target_modules or next(
+        (t for t in TARGETS if names.issuperset(t)), None
+    )
     if method in ("head", "full"):
         model.requires_grad_(method == "full")
     elif not targets:
-        raise ValueError(f"{job.name} has neither of {TARGETS}: name its --target-modules")
+        raise ValueError(
+            f"{job.name} has neither of {TARGETS}: name its --target-modules"
+        )
     elif method == "gpart":
-        gpart.attach(model, job.args.d, target_modules=targets, modules_to_save=["classifier"])
+        gpart.attach(
+            model, job.args.d, target_modules=targets, modules_to_save=["classifier"]
+        )
     else:
         peers.adapt(model, method, job.args.d, [*targets])
     model.classifier.requires_grad_(True)
@@ -221,7 +286,8 @@ def build(job: Job, method: str, seed: int) -> Any:
 
 
 def load_adapter(job: Job, method: str, path: Path) -> Any:
-    """A fresh model, its head random in another way, with only what the file holds put in."""
+    """A fresh model, its head random in another way, with only what the file holds put
+    in."""
     model = build(job, method, seed=1 << 40)
     if method == "gpart":
         gpart.detach(model)
@@ -233,7 +299,8 @@ def load_adapter(job: Job, method: str, path: Path) -> Any:
 
 # --- Training ---
 class Trainer(runs.Trainer):
-    """transformers' own, with checkpoints of what is trained, and a learning rate for the head."""
+    """transformers' own, with checkpoints of what is trained, and a learning rate for
+    the head."""
 
     def __init__(self, *args: Any, rates: tuple[float, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -245,7 +312,9 @@ class Trainer(runs.Trainer):
                 {"params": [*train_glue.trainable(self.model, head).values()], "lr": lr}
                 for head, lr in zip((False, True), self.rates, strict=True)
             ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, weight_decay=self.args.weight_decay
+            )
         return self.optimizer
 
 
@@ -266,7 +335,10 @@ def prepare_trainer(
 ) -> Trainer:
     """A Trainer of model; rates are those of the body and of the head."""
     size, accumulate = recipe["batch_size"], recipe["accumulate"]
-    steps = math.ceil(math.ceil(len(splits["train"]) / size) / accumulate) * recipe["epochs"]
+    steps = (
+        math.ceil(math.ceil(len(splits["train"]) / size) / accumulate)
+        * recipe["epochs"]
+    )
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe["epochs"],
@@ -305,33 +377,50 @@ def prepare_trainer(
 
 
 def fit(trainer: Trainer) -> float:
-    """Train, on from the last checkpoint if there is one, and leave the model at its best epoch.
-    Returns that epoch's dev accuracy; RuntimeError if the restored model has another."""
-    trainer.train(resume_from_checkpoint=runs.last_checkpoint(Path(trainer.args.output_dir)))
+    """Train, on from the last checkpoint if there is one, and leave the model at its
+    best epoch. Returns that epoch's dev accuracy; RuntimeError if the restored model
+    has another."""
+    trainer.train(
+        resume_from_checkpoint=runs.last_checkpoint(Path(trainer.args.output_dir))
+    )
     dev, best = trainer.evaluate()["eval_accuracy"], trainer.state.best_metric
     if dev != best:
-        raise RuntimeError(f"dev accuracy was {best} at the best checkpoint, restored it is {dev}")
+        raise RuntimeError(
+            f"dev accuracy was {best} at the best checkpoint, restored it is {dev}"
+        )
     return float(dev)
 
 
 def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[str, Any]:
-    """One cell: train, and report on the test split with what the adapter file holds."""
+    """One cell: train, and report on the test split with what the adapter file
+    holds."""
     folder = job.work / cell_name(method, rates, seed)
     model = build(job, method, seed)
     trainer = prepare_trainer(model, job.splits, vars(job.args), folder, rates, seed)
     result: dict[str, Any] = {"dev": fit(trainer), "test": None}
-    if all(p.isfinite().all() for p in train_glue.trainable(model).values()):  # it did not diverge
+    if all(
+        p.isfinite().all() for p in train_glue.trainable(model).values()
+    ):  # it did not diverge
         test, file = trainer.predict(job.splits["test"]), folder / "adapter.safetensors"
         train_glue.save_adapter(model, file)
-        fresh = prepare_trainer(load_adapter(job, method, file), job.splits, vars(job.args), folder)
+        fresh = prepare_trainer(
+            load_adapter(job, method, file), job.splits, vars(job.args), folder
+        )
         again = {"reloaded": fresh.predict(job.splits["test"])}
         if method == "gpart":
             gpart.merge(model)
             again["merged"] = trainer.predict(job.splits["test"])
         for how, other in again.items():
-            if not np.array_equal(test.predictions.argmax(-1), other.predictions.argmax(-1)):
-                raise RuntimeError(f"{folder.name}, {how}, classifies the test images otherwise")
-        result |= {"test": test.metrics["test_accuracy"], "adapter_bytes": file.stat().st_size}
+            if not np.array_equal(
+                test.predictions.argmax(-1), other.predictions.argmax(-1)
+            ):
+                raise RuntimeError(
+                    f"{folder.name}, {how}, classifies the test images otherwise"
+                )
+        result |= {
+            "test": test.metrics["test_accuracy"],
+            "adapter_bytes": file.stat().st_size,
+        }
     for head in (False, True):
         numbers = sum(p.numel() for p in train_glue.trainable(model, head).values())
         result["trained_head" if head else "trained"] = numbers
@@ -343,7 +432,8 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
 
 # --- The job ---
 def pretrain(work: Path) -> Path:
-    """The folder of the small ViT, trained whole on the upright digits: once for these settings."""
+    """The folder of the small ViT, trained whole on the upright digits: once for these
+    settings."""
     folder = work / f"digits-vit-{runs.digest(PRETRAIN)}"
     if not folder.exists():
         print("pretraining on the upright digits", flush=True)
@@ -361,9 +451,12 @@ def pretrain(work: Path) -> Path:
 
 
 def linear_head(job: Job) -> dict[str, float]:
-    """The best head on the frozen features: logistic regression to the end, its penalty by dev."""
+    """The best head on the frozen features: logistic regression to the end, its penalty
+    by dev."""
     model, seen = base(job), list[torch.Tensor]()
-    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].cpu()))
+    model.classifier.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].cpu())
+    )
     trainer = prepare_trainer(model, job.splits, vars(job.args), job.work)
     x, y = {}, {}
     for part, rows in job.splits.items():
@@ -383,7 +476,9 @@ def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
     work = args.work / f"{args.output.stem}-{runs.digest(result['settings'])}"
     if args.data:
         if not train_glue.hub_reachable():  # so that nobody waits for retries
-            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+            datasets.config.HF_HUB_OFFLINE = (
+                huggingface_hub.constants.HF_HUB_OFFLINE
+            ) = True
         splits, classes, labels = read_images(args)
         job = Job(args, splits, classes, args.model, args.model, work)
     else:
@@ -392,13 +487,17 @@ def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
         job = Job(args, splits, 10, str(path), "digits-vit", work)
         sha = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
         if result.setdefault("pretrained", {"sha256": sha})["sha256"] != sha:
-            raise ValueError(f"{args.output} began with other weights than {path}: delete one")
+            raise ValueError(
+                f"{args.output} began with other weights than {path}: delete one"
+            )
         trainer = prepare_trainer(base(job), splits, vars(args), work)
         for shift in SHIFTS:
             rows = digits(shift)["test"]
             result["pretrained"][shift] = trainer.evaluate(rows)["eval_accuracy"]
         result["linear head"] = linear_head(job)
-    for method in args.methods:  # what does not fit is known before the first hour of training
+    for (
+        method
+    ) in args.methods:  # what does not fit is known before the first hour of training
         model = build(job, method, 0)
         if method == "gpart":
             result["N"] = model.gpart.partition.N
@@ -415,11 +514,17 @@ def cell_name(method: str, rates: tuple[float, float], seed: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Test accuracy in percent, median ± standard deviation over the seeds, in Markdown."""
-    lines = ["| | trained | and head | lr | head lr | test accuracy |", "|---|---|---|---|---|---|"]
+    """Test accuracy in percent, median ± standard deviation over the seeds, in
+    Markdown."""
+    lines = [
+        "| | trained | and head | lr | head lr | test accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, value in result.get("pretrained", {}).items():
         if name != "sha256":
-            lines.append(f"| pretrained, on {name} digits | | | | | {100 * value:.1f} |")
+            lines.append(
+                f"| pretrained, on {name} digits | | | | | {100 * value:.1f} |"
+            )
     lines.append(f"| the largest class | | | | | {100 * result['majority']:.1f} |")
     if linear := result.get("linear head"):
         test = f"{100 * linear['test']:.1f}"
@@ -440,7 +545,9 @@ def table(result: dict[str, Any]) -> str:
 # --- Command line ---
 def parser() -> train_glue.Parser:
     form = argparse.RawDescriptionHelpFormatter
-    p = train_glue.Parser(prog="train_vision", description=__doc__, formatter_class=form)
+    p = train_glue.Parser(
+        prog="train_vision", description=__doc__, formatter_class=form
+    )
     count, rate = train_glue.positive(int), train_glue.positive(float)
     # fmt: off
     p.add_argument("--model", help="a ViT: name on the hub, or folder (the digits' small one)")
@@ -479,9 +586,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.weight_decay < float("inf"):
         p.error(f"--weight-decay must be 0 or more, got {args.weight_decay}")
     for name, value in (HUB if args.data else DIGITS).items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        setattr(
+            args, name, value if getattr(args, name) is None else getattr(args, name)
+        )
     stem = f"{Path(str(args.model)).name}-{Path(str(args.data)).name}"
-    default = args.work / f"{stem}.json" if args.data else HERE / "results" / "vision.json"
+    default = (
+        args.work / f"{stem}.json" if args.data else HERE / "results" / "vision.json"
+    )
     args.output = args.output or default
     return args
 
@@ -512,7 +623,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         """By the dev split and the first seed; of equals the first."""
         if len(candidates) == 1:
             return candidates[0]
-        return max(candidates, key=lambda rates: cell(method, rates, args.seeds[0])["dev"])
+        return max(
+            candidates, key=lambda rates: cell(method, rates, args.seeds[0])["dev"]
+        )
 
     _, head_lr = best("head", [(0.0, rate) for rate in args.head_lr])
     result.setdefault("chosen", {})
@@ -523,7 +636,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for seed in args.seeds:
             cell(method, chosen, seed)
         name = cell_name(method, chosen, 0).removesuffix("0")
-        names = [one for one in result["cells"] if one.startswith(name)]  # of earlier commands too
+        names = [
+            one for one in result["cells"] if one.startswith(name)
+        ]  # of earlier commands too
         result["chosen"][method] = {"rates": chosen, "cells": names}
     record.write()
     if len(result["cells"]) == before:

@@ -1,12 +1,14 @@
 """Write the toy tasks: six small made-up data sets in the official GLUE TSV format.
 
-They are smoke data for a machine without GLUE, never a measure of anything. Running this file
-rewrites the data beside it; `build()` returns the same texts. Of `random` only `random()` is
-used, which gives the same numbers for an integer seed on every Python version.
+They are smoke data for a machine without GLUE, never a measure of anything. Running
+this file rewrites the data beside it; `build()` returns the same texts. Of `random`
+only `random()` is used, which gives the same numbers for an integer seed on every
+Python version.
 
-The pair tasks rest on an event: who did what to which thing, where and when. Two sentences about
-one event differ in order, voice and synonyms; a wrong pair differs in one detail, in two or in
-all. A changed detail is drawn just as the first one was, so no sentence alone betrays the label.
+The pair tasks rest on an event: who did what to which thing, where and when. Two
+sentences about one event differ in order, voice and synonyms; a wrong pair differs in
+one detail, in two or in all. A changed detail is drawn just as the first one was, so no
+sentence alone betrays the label.
 """
 
 import random
@@ -16,7 +18,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TRAIN, DEV = 1200, 300
-COST = {"who": 1.25, "verb": 1.0, "what": 1.25, "where": 0.75, "when": 0.75}  # in STS-B, of 5
+COST = {
+    "who": 1.25,
+    "verb": 1.0,
+    "what": 1.25,
+    "where": 0.75,
+    "when": 0.75,
+}  # in STS-B, of 5
 SLOTS = tuple(COST)
 LABELS = ("not_entailment", "entailment")
 
@@ -25,11 +33,16 @@ def read_words() -> dict[str, list[str]]:
     """The lists of words.txt. There "/" parts synonyms, and a verb is "base past"."""
     blocks = (HERE / "words.txt").read_text(encoding="utf-8").split("\n\n")
     lists = dict(block.split(":") for block in blocks)
-    return {name: [" ".join(s.split()) for s in text.split(";")] for name, text in lists.items()}
+    return {
+        name: [" ".join(s.split()) for s in text.split(";")]
+        for name, text in lists.items()
+    }
 
 
 WORDS = read_words()
-ACTS = [(WORDS[f"verbs {k}"], WORDS[f"things {k}"]) for k in (1, 2, 3)]  # things suit the verbs
+ACTS = [
+    (WORDS[f"verbs {k}"], WORDS[f"things {k}"]) for k in (1, 2, 3)
+]  # things suit the verbs
 
 
 class Dice(random.Random):
@@ -51,11 +64,14 @@ def new_event(dice: Dice) -> dict[str, str]:
 
 
 def change(dice: Dice, event: dict[str, str], slots: Sequence[str]) -> dict[str, str]:
-    """An event that differs in just these slots, and whose verb still suits its thing."""
+    """An event that differs in just these slots, and whose verb still suits its
+    thing."""
     while True:
         drawn = new_event(dice)
         other = event | {slot: drawn[slot] for slot in slots}
-        suits = any(other["verb"] in verbs and other["what"] in things for verbs, things in ACTS)
+        suits = any(
+            other["verb"] in verbs and other["what"] in things for verbs, things in ACTS
+        )
         if suits and all(other[slot] != event[slot] for slot in slots):
             return other
 
@@ -76,11 +92,18 @@ def sentence(text: str, end: str = ".") -> str:
     return text[0].upper() + text[1:] + end
 
 
-def tell(dice: Dice, event: dict[str, str], extras: Sequence[str] = ("where", "when")) -> str:
+def tell(
+    dice: Dice, event: dict[str, str], extras: Sequence[str] = ("where", "when")
+) -> str:
     """State the event, with its place, its time or both."""
     words = worded(dice, event)
-    active, passive = "the {who} {past} the {what}", "the {what} was {past} by the {who}"
-    core = dice.pick([active, active, passive, "it was the {who} who {past} the {what}"])
+    active, passive = (
+        "the {who} {past} the {what}",
+        "the {what} was {past} by the {who}",
+    )
+    core = dice.pick(
+        [active, active, passive, "it was the {who} who {past} the {what}"]
+    )
     tail = [words[slot] for slot in dice.some(extras, len(extras))]
     front = tail.pop() + ", " if dice.random() < 0.3 else ""
     return sentence(front + " ".join([core.format_map(words), *tail]))
@@ -95,7 +118,11 @@ def rte(dice: Dice, i: int) -> tuple[str, ...]:
 
 def mrpc(dice: Dice, i: int) -> tuple[str, ...]:
     event = new_event(dice)
-    return tell(dice, event), tell(dice, event if i % 2 else spoil(dice, event, SLOTS)), str(i % 2)
+    return (
+        tell(dice, event),
+        tell(dice, event if i % 2 else spoil(dice, event, SLOTS)),
+        str(i % 2),
+    )
 
 
 def stsb(dice: Dice, i: int) -> tuple[str, ...]:
@@ -105,7 +132,8 @@ def stsb(dice: Dice, i: int) -> tuple[str, ...]:
 
 
 def qnli(dice: Dice, i: int) -> tuple[str, ...]:
-    """A wrong answer is about another event, or gives the time for the place or vice versa."""
+    """A wrong answer is about another event, or gives the time for the place or vice
+    versa."""
     event, question = new_event(dice), dice.pick(WORDS["questions"])
     asked = question.split()[0]
     extra = asked if asked in ("where", "when") else dice.pick(["where", "when"])
@@ -114,19 +142,27 @@ def qnli(dice: Dice, i: int) -> tuple[str, ...]:
     if not i % 2 and asked == extra and dice.random() < 0.5:
         extra = "when" if asked == "where" else "where"
     elif not i % 2:
-        event = spoil(dice, event, [s for s in ("who", "verb", "what", extra) if s != asked])
+        event = spoil(
+            dice, event, [s for s in ("who", "verb", "what", extra) if s != asked]
+        )
     return ask, tell(dice, event, [extra]), LABELS[i % 2]
 
 
 def cola(dice: Dice, i: int) -> tuple[str, ...]:
-    """Some sentences give room for a wrong verb form, more for words lost, doubled or swapped."""
+    """Some sentences give room for a wrong verb form, more for words lost, doubled or
+    swapped."""
     event, bad = new_event(dice), 1 - i % 2
     if dice.random() < 0.3:  # "right>wrong" in a pattern
         text = "the " + dice.pick(WORDS["slips"]) + " the {what} {where}"
-        words = [w.split(">")[-bad] for w in sentence(text).format_map(worded(dice, event)).split()]
+        words = [
+            w.split(">")[-bad]
+            for w in sentence(text).format_map(worded(dice, event)).split()
+        ]
     else:
         words, fault = tell(dice, event).split(), dice.pick(["drop", "double", "swap"])
-        spots = [k for k in range(1, len(words) - 2) if words[k] in ("the", "was", "by")]
+        spots = [
+            k for k in range(1, len(words) - 2) if words[k] in ("the", "was", "by")
+        ]
         for k in reversed(spots * bad):
             one, two = words[k : k + 2]
             faulty = {"drop": [two], "double": [one, one, two], "swap": [two, one]}
@@ -137,14 +173,20 @@ def cola(dice: Dice, i: int) -> tuple[str, ...]:
 def sst2(dice: Dice, i: int) -> tuple[str, ...]:
     """In an opinion {a} and {b} speak for the label, {x} and {y} against it."""
     own, other = ("good", "bad") if i % 2 else ("bad", "good")
-    words = [word for name in (own, other, "parts") for word in dice.some(WORDS[name], 2)]
+    words = [
+        word for name in (own, other, "parts") for word in dice.some(WORDS[name], 2)
+    ]
     opinion = dice.pick(WORDS["opinions"])
     return opinion.format_map(dict(zip("abxypq", words, strict=True))), str(i % 2)
 
 
 TASKS = {  # maker, header and row; "|" stands for a tab
     "RTE": (rte, "index|sentence1|sentence2|label\n", "{i}|{0}|{1}|{2}\n"),
-    "MRPC": (mrpc, "Quality|#1 ID|#2 ID|#1 String|#2 String\n", "{2}|{i}1|{i}2|{0}|{1}\n"),
+    "MRPC": (
+        mrpc,
+        "Quality|#1 ID|#2 ID|#1 String|#2 String\n",
+        "{2}|{i}1|{i}2|{0}|{1}\n",
+    ),
     "STS-B": (
         stsb,
         "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score\n",
@@ -166,10 +208,14 @@ def build() -> dict[str, str]:
             while len(rows) < count:
                 row = make(dice, len(rows))
                 said = [field for field in row if " " in field]
-                if len(seen.union(said)) == len(seen) + len(said):  # no sentence comes twice
+                if len(seen.union(said)) == len(seen) + len(
+                    said
+                ):  # no sentence comes twice
                     seen.update(said)
                     rows.append(row)
-            lines = [form.format(*row, i=i) for i, row in enumerate(dice.some(rows, count))]
+            lines = [
+                form.format(*row, i=i) for i, row in enumerate(dice.some(rows, count))
+            ]
             files[f"{task}/{name}.tsv"] = (head + "".join(lines)).replace("|", "\t")
     return files
 
