@@ -32,6 +32,7 @@ import huggingface_hub.constants
 import numpy as np
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
@@ -287,7 +288,9 @@ def build(args: argparse.Namespace, seed: int) -> Any:
             isometric=args.method == "gpart",
         )
     elif peers and args.method in peers.METHODS:
-        peers.adapt(model, args.method, args.d, args.target_modules)
+        peers.adapt(
+            model, args.method, args.d, args.target_modules, seed=args.partition_seed
+        )
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad or is_head(model, name))
     else:
@@ -301,7 +304,7 @@ def is_gpart(args: argparse.Namespace) -> bool:
 
 
 def has_d(args: argparse.Namespace) -> bool:
-    return is_gpart(args) or args.method == "unilora"
+    return is_gpart(args) or bool(peers and args.method in peers.SIZED)
 
 
 def trainable(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
@@ -369,33 +372,40 @@ class Bench:
         batch["labels"] = torch.tensor([label for _, label in rows], dtype=dtype)
         return batch.to(self.accelerator.device)
 
-    @torch.no_grad()
     def evaluate(self, model: Any, rows: Sequence[Row]) -> float:
-        """The task's metric on rows, of which every process predicts its share; nan if
-        one prediction is not finite, for then an argmax means nothing."""
+        """The task's metric on rows."""
+        return self.measure(model, rows)[0]
+
+    @torch.no_grad()
+    def measure(self, model: Any, rows: Sequence[Row]) -> tuple[float, float]:
+        """(metric, mean loss) on rows, of which every process predicts its share; nan
+        if one prediction is not finite, for then an argmax means nothing."""
         mine = range(
             self.accelerator.process_index, len(rows), self.accelerator.num_processes
         )
-        predicted: list[tuple[int, float]] = []
+        predicted: list[tuple[int, float, float]] = []
         model.eval()
         for at in range(0, len(mine), 64):
             chunk = mine[at : at + 64]
-            logits = model(
-                **self.encode([rows[i] for i in chunk])
-            ).logits  # [64, classes or 1]
+            batch = self.encode([rows[i] for i in chunk])
+            labels = batch["labels"]
+            logits = model(**batch).logits  # [64, classes or 1]
             values = (
                 logits.argmax(-1) if self.task.classes else logits.float().squeeze(-1)
             )
             values = torch.where(logits.isfinite().all(-1), values, torch.nan)
-            predicted += zip(chunk, values.tolist(), strict=True)
-        order, scores = zip(
+            if self.task.classes:
+                loss = F.cross_entropy(logits.float(), labels, reduction="none")
+            else:
+                loss = (logits.float().squeeze(-1) - labels) ** 2
+            predicted += zip(chunk, values.tolist(), loss.tolist(), strict=True)
+        order, scores, losses = zip(
             *sorted(accelerate.utils.gather_object(predicted)), strict=True
         )
         if not np.isfinite(scores).all():
-            return float("nan")
-        return float(
-            METRICS[self.task.metric]([rows[i][1] for i in order], list(scores))
-        )
+            return float("nan"), float("nan")
+        metric = METRICS[self.task.metric]([rows[i][1] for i in order], list(scores))
+        return float(metric), statistics.fmean(losses)
 
 
 def train(
@@ -681,7 +691,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     for seed in [] if results else args.seeds[len(state["done"]) :]:
         model, run = train(bench, seed, train_rows, dev_rows, state["run"], keep)
-        run["metric"] = bench.evaluate(model, test_rows)
+        run["metric"], run["loss"] = bench.measure(model, test_rows)
         name = (
             "adapter.safetensors"
             if len(args.seeds) == 1

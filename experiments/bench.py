@@ -119,7 +119,7 @@ def build(side: str, name: str, device: str) -> nn.Module:
     elif side in ("gpart", "plain"):
         gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
     elif side != "full":
-        model = peft.get_peft_model(model, peers.config(side, d, targets))
+        model = peft.get_peft_model(model, peers.config(side, model, d, targets))
     return model.to(device).train()
 
 

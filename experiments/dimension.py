@@ -133,7 +133,11 @@ def main() -> None:
             for task in TASKS
         ]
         glue.run_all(
-            args, [(task, CURVES[curve], rate, 0, d) for task, curve, d, rate in cells]
+            args,
+            [
+                glue.job(task, CURVES[curve], rate, 0, d)
+                for task, curve, d, rate in cells
+            ],
         )
     print(render())
 

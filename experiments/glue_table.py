@@ -29,6 +29,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def cell(task: str, method: str, rate: float, seed: int, d: int = D) -> Path:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def command(task: str, method: str, rate: float, seed: int, d: int = D) -> list[str]:
@@ -133,17 +134,21 @@ def command(task: str, method: str, rate: float, seed: int, d: int = D) -> list[
     ]
 
 
-def trained(
-    args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
+def job(*one: Any) -> tuple[Path, list[str]]:
+    """For run_all: the file of a result and the command that makes it."""
+    return cell(*one), command(*one)
+
+
+def train(
+    args: argparse.Namespace, name: str, line: list[str]
 ) -> tuple[dict[str, Any], list[str], Path]:
-    """(train_glue.py's results, its command line, the folder with the adapter) of one
-    run, which is trained, or goes on where it was killed, unless it is in the folder
-    already. SystemExit with train_glue.py's message for what it refuses."""
+    """(train_glue.py's results, its whole command line, the folder with the adapter) of
+    one run, which is trained, or goes on where it was killed, unless it is in the
+    folder already. SystemExit with train_glue.py's message for what it refuses."""
     import train_glue
 
-    output = Path(args.work, cell(task, method, rate, seed, d).stem)
-    line = command(task, method, rate, seed, d)
-    line += ["--data-dir", args.data_dir, "--output", str(output), "--resume"]
+    output = Path(args.work, name)
+    line = [*line, "--data-dir", args.data_dir, "--output", str(output), "--resume"]
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
@@ -155,41 +160,46 @@ def trained(
             ) from None
 
 
-def run(
-    args: argparse.Namespace, task: str, method: str, rate: float, seed: int, d: int = D
-) -> Any:
-    """The cell's result, from its file or from training."""
-    path = cell(task, method, rate, seed, d)
+def trained(
+    args: argparse.Namespace, *one: Any
+) -> tuple[dict[str, Any], list[str], Path]:
+    """train() for what cell() takes."""
+    return train(args, cell(*one).stem, command(*one))
+
+
+def commit() -> str:
+    """That of this tree, "-dirty" if a file of it was changed; unknown without git."""
+    line = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(line, cwd=HERE, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def run(args: argparse.Namespace, path: Path, line: list[str]) -> Any:
+    """The result in that file, or from training by that command line."""
     if (done := read(path)) is not None:
         return done
+    result: dict[str, Any]
     try:
-        full = trained(args, task, method, rate, seed, d)[0]
+        full = train(args, path.stem, line)[0]
     except SystemExit as error:
         if "diverged" not in str(error):
             raise RuntimeError(f"{path.stem}: {error}") from error
-        result = {"dev": None, "metric": None}  # that is a result too
+        result = {"dev": None, "metric": None, "loss": None}  # that is a result too
     else:
         (one,) = full["runs"]
-        result = {
-            key: one[key]
-            for key in ("dev", "metric", "step", "minutes", "adapter_bytes")
-        }
-        keys = (
-            "metric",
-            "majority",
-            "trainable",
-            "trainable_head",
-            "rows",
-            "versions",
-            "device",
-        )
-        result |= {"of" if key == "metric" else key: full[key] for key in keys}
+        keys = ("dev", "metric", "loss", "step", "minutes", "adapter_bytes")
+        result = {key: one[key] for key in keys}
+        keys = ("majority", "trainable", "trainable_head", "rows", "versions", "device")
+        result |= {"of": full["metric"]} | {key: full[key] for key in keys}
         result["settings"] = {
             k: v for k, v in full["settings"].items() if k[:4] != "data"
         }
+    result |= {"command": " ".join(line), "commit": commit()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
     print(
         f"{path.stem}: {result['metric']} ({result.get('minutes', 0):.1f} min)",
@@ -198,14 +208,15 @@ def run(
     return result
 
 
-def run_all(args: argparse.Namespace, cells: list[tuple[Any, ...]]) -> None:
-    """Those that have no file, on args.workers processes of one thread each."""
-    missing = [one for one in dict.fromkeys(cells) if not cell(*one).exists()]
+def run_all(args: argparse.Namespace, jobs: list[tuple[Path, list[str]]]) -> None:
+    """Those (result file, train_glue.py's arguments) that have no file yet, on
+    args.workers processes of one thread each."""
+    missing = {path: line for path, line in jobs if not path.exists()}
     if missing:
         os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(args.workers, spawn) as pool:
-            for future in [pool.submit(run, args, *one) for one in missing]:
+            for future in [pool.submit(run, args, *job) for job in missing.items()]:
                 future.result()
 
 
@@ -288,7 +299,7 @@ def rate_table() -> str:
 
 def majority(task: str) -> str:
     for path in sorted(CELLS.glob(f"{task}-*.json")):
-        if "majority" in (one := json.loads(path.read_text())):
+        if "majority" in (one := json.loads(path.read_text(encoding="utf-8"))):
             return f"{100 * one['majority']:.1f}"
     return ""
 
@@ -388,7 +399,7 @@ def render() -> str:
     paths = [
         path for path in CELLS.glob("*.json") if "-d" not in path.stem
     ]  # dimension.py's
-    done = [json.loads(path.read_text()) for path in paths]
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     minutes = sum(c.get("minutes", 0) for c in done)
     versions = {
         json.dumps(c["versions"], sort_keys=True) for c in done if "versions" in c
@@ -416,7 +427,7 @@ def render() -> str:
 
 {table(dict.fromkeys(RATES, SEEDS[:1]))}
 """
-    (HERE / "results" / "glue.md").write_text(text)
+    (HERE / "results" / "glue.md").write_text(text, encoding="utf-8")
     plot()
     return text
 
@@ -457,12 +468,12 @@ def main() -> None:
                 for m in methods
                 for t in ("stsb", "sst2")
             ]
-            run_all(args, [(t, m, rates(m)[r], seed) for t, m, r, seed in search])
+            run_all(args, [job(t, m, rates(m)[r], seed) for t, m, r, seed in search])
             best = {m: best_rate(m) for m in methods}
             run_all(
                 args,
                 [
-                    (t, m, best[m], seed)
+                    job(t, m, best[m], seed)
                     for seed in seeds
                     for m in methods
                     for t in TASKS

@@ -26,6 +26,7 @@ from experiments import (
     beyond,
     decay,
     dimension,
+    evidence,
     glue_table,
     landscape,
     model_card,
@@ -130,6 +131,39 @@ def test_scaling_refuses_a_formula_that_is_off() -> None:
     scaling.check({"state": 1000.5}, {"state": 1000.0})
     with pytest.raises(ValueError, match="state: counted 1,002"):
         scaling.check({"state": 1002.0}, {"state": 1000.0})
+
+
+def test_peers_of_size_d_train_d_numbers() -> None:
+    """On MiniLM's query and value d of them; C3A as near as its blocks allow."""
+    expected = {"unilora": 23040, "shira": 23040, "waveft": 23040, "c3a": 27648}
+    assert {*expected} == {*peers.SIZED}
+    shape = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 8}
+    settings = transformers.BertConfig(vocab_size=9, **shape)
+    for method, numbers in expected.items():
+        model = transformers.BertModel(settings, add_pooling_layer=False)
+        peers.adapt(model, method, 23040, ["query", "value"])
+        assert (
+            sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
+        ), method
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+@pytest.mark.parametrize("method", ["unilora", "vera", "fourierft", "shira", "waveft"])
+def test_seed_draws_another_structure(method: str) -> None:
+    """The same trained numbers give the same update again, and another for another
+    seed."""
+    updates = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(32, 32)})
+        peers.adapt(model, method, 64, ["a"], seed=seed)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_(generator=torch.Generator().manual_seed(1))
+        update = model["a"].get_delta_weight("default")
+        updates.append(update.to_dense() if update.is_sparse else update)
+    assert torch.equal(updates[0], updates[1]) and updates[0].abs().max() > 0
+    assert not torch.equal(updates[0], updates[2])
 
 
 # --- The grid ---
@@ -272,8 +306,9 @@ def test_finished_cells_are_not_run_again(
     """run gives back what the file says, and run_all starts no process for it."""
     monkeypatch.delattr(glue_table.multiprocessing, "get_context")
     cells("rte", "head", 1e-3, 2, 0.6)
-    assert glue_table.run(None, "rte", "head", 1e-3, 2)["metric"] == 0.6
-    glue_table.run_all(None, [("rte", "head", 1e-3, 2)])
+    job = glue_table.job("rte", "head", 1e-3, 2)
+    assert glue_table.run(None, *job)["metric"] == 0.6
+    glue_table.run_all(None, [job])
 
 
 def test_a_run_that_is_refused_says_why(tmp_path: Path) -> None:
@@ -282,7 +317,7 @@ def test_a_run_that_is_refused_says_why(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"train_glue.* no file .*--data-dir takes"):
         glue_table.trained(args, "stsb", "gpart", 0.1, 0)
     with pytest.raises(RuntimeError, match=r"stsb-gpart-lr0.1-seed7: .* no file "):
-        glue_table.run(args, "stsb", "gpart", 0.1, 7)
+        glue_table.run(args, *glue_table.job("stsb", "gpart", 0.1, 7))
 
 
 def test_a_folder_that_is_not_there_is_refused_at_once(
@@ -708,3 +743,98 @@ def test_model_card_is_for_whole_gpart_files_only(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "a project" and not (
         tmp_path / "new"
     ).exists()
+
+
+# --- Evidence ---
+def test_a_name_has_all_that_varies() -> None:
+    """Cells that differ have other names and commands, and a command asks for what the
+    cell says."""
+    base = evidence.Cell("stsb", "gpart", 0.015, 10, 23040, 0.1)
+    others = [base._replace(task="sst2"), base._replace(method="gpart-noniso")]
+    others += [base._replace(lr=0.0150001), base._replace(seed=1)]
+    others += [base._replace(d=360), base._replace(decay=0.0)]
+    cells = [base, *others]
+    assert len({cell.path for cell in cells}) == len(cells)
+    for cell in cells:
+        asked = train_glue.parser().parse_args(cell.command)
+        found = (asked.task, asked.method, asked.lr, asked.seeds, asked.d)
+        assert found == (cell.task, cell.method, cell.lr, [cell.seed], cell.d)
+        assert (asked.weight_decay, asked.partition_seed) == (cell.decay, cell.seed)
+    assert len({" ".join(cell.command) for cell in cells}) == len(cells)
+    assert "-p10-seed10" in base.path.name and "-p01-seed01" in others[3].path.name
+
+
+def test_every_result_is_of_the_run_that_its_name_says() -> None:
+    """Settings, command and commit; a loss unless it diverged."""
+    pattern = r"(\w+?)-(.+)-d(\d+)-lr(.+)-wd(.+)-p(\d\d)-seed(\d\d)"
+    for path in evidence.CELLS.glob("*.json"):
+        task, method, d, lr, decay, part, seed = re.fullmatch(
+            pattern, path.stem
+        ).groups()
+        assert part == seed
+        cell = evidence.Cell(task, method, float(lr), int(seed), int(d), float(decay))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert cell.path == path and result["command"] == " ".join(cell.command)
+        assert re.fullmatch("[0-9a-f]{40}", result["commit"])
+        if result["metric"] is not None:
+            asked = vars(train_glue.parser().parse_args(cell.command))
+            found = result["settings"]
+            for key in ("task", "method", "d", "lr", "weight_decay", "partition_seed"):
+                assert found[key] == asked[key], (path.stem, key)
+            assert found["seeds"] == [cell.seed] and result["loss"] > 0
+
+
+def test_rate_sum_is_that_of_the_schedule() -> None:
+    """transformers' own, warmup included."""
+    for task, steps in (("stsb", 240), ("mrpc", 150)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+        schedule = transformers.get_linear_schedule_with_warmup(
+            optimizer, round(0.06 * steps), steps
+        )
+        total = 0.0
+        for _ in range(steps):
+            total += optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+        assert evidence.rate_sum(task, 0.01) == pytest.approx(total)
+
+
+def test_three_doses_are_three_things(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both variants take the same steps in weight space; one has the same wd and so a
+    smaller dose, the other the same dose. At dose 0 they are one run."""
+    monkeypatch.setattr(evidence, "best_rate", lambda *_: 0.015)
+    cells = [evidence.dosed("stsb", 3.0, k, 10) for k in ("gpart", "same", "scaled")]
+    gpart_, same, scaled = cells
+    shrink = (glue_table.D / glue_table.N) ** 0.5
+    assert same.lr == scaled.lr == pytest.approx(gpart_.lr * shrink, rel=1e-3)
+    assert same.decay == gpart_.decay
+    sums = [evidence.rate_sum("stsb", cell.lr) * cell.decay for cell in cells]
+    assert sums == pytest.approx([3.0, 3.0 * shrink, 3.0], rel=2e-3)
+    zero = [evidence.dosed("stsb", 0.0, k, 10) for k in ("gpart", "same", "scaled")]
+    assert zero[1] == zero[2] != zero[0]
+
+
+def test_measured_loss_is_the_models_own() -> None:
+    """For a score and for classes: the mean over all rows, of batches of any size."""
+    for task in ("stsb", "mrpc"):
+        args = train_glue.parser().parse_args(["--task", task, "--method", "full"])
+        args.max_length = 32
+        rows, _, _ = train_glue.read_data(
+            argparse.Namespace(
+                task=task, data_dir=str(mutants.ROOT / "toy_glue"), paper=False
+            )
+        )
+        rows = rows[:70]  # one batch of 64, and 6
+        model = train_glue.build(args, 0).eval()
+        path = train_glue.model_path(args.model)
+        bench = train_glue.Bench(
+            args,
+            train_glue.TASKS[task],
+            transformers.AutoTokenizer.from_pretrained(path),
+            accelerate.Accelerator(cpu=True),
+        )
+        with torch.no_grad():
+            expected = model(**bench.encode(rows)).loss
+        metric, loss = bench.measure(model, rows)
+        torch.testing.assert_close(torch.tensor(loss), expected)
+        assert metric == bench.evaluate(model, rows)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that decide between GPart and its rivals, with rates searched for each of them.
+
+    python -m experiments.evidence --data-dir glue      # goes on where it stopped
+
+The runs are those of glue_table.py (all-MiniLM-L6-v2, bf16 autocast, one CPU thread,
+the same steps and rows for each task), but the partition seed is the run seed, the mean
+loss on the validation rows is recorded beside the metric, and a file in
+results/evidence/ is named for all that varies: task, method, d, learning rate, weight
+decay, partition seed, run seed. Each names the commit that it was run at. Seed 0 with
+partition 0 and decay 0.1 is what glue_table.py and dimension.py ran, so those results,
+which have no loss, are read from results/glue/ and not run again.
+
+STAGES are run in their order; what a stage runs may depend on what those before it
+found.
+
+    rates      two more rates for GPart, its non-isometric variant and Uni-LoRA, seed 0.
+               On STS-B and SST-2 five are known, and the two are a factor sqrt(3) from
+               the best; on MRPC and CoLA one is known, and they are a factor 3 from it.
+               From here on each method has its best rate on each task, by dev metric
+    equal      GPart and Uni-LoRA at d = 23,040, ten seeds that no rate was chosen with
+    undecayed  Uni-LoRA without weight decay, the same seeds
+    dose       GPart and its non-isometric variant, at learning rates sqrt(N/d) apart
+               (the same steps in weight space), over the dose of decay, wd * sum(lr):
+               with the same wd, and with wd * sqrt(N/d), which must coincide
+    exponent   more rates for other d, seed 0: how does the best rate scale with d?
+    small      GPart and Uni-LoRA at d = 360 and 5,760, each at its best rate there
+    sharing    SHiRA, WaveFT and C3A, which are isometric up to a constant but share no
+               number between weights of different layers (C3A: of different blocks):
+               five rates, seed 0, then three seeds
+
+The test, written down before any of these runs: GPart is better than Uni-LoRA on a task
+if the 95 % confidence interval of the mean paired difference of the validation metric
+(the same seed: head, order of rows, dropout), Student's t over ten seeds, lies above 0;
+worse, if below; else they cannot be told apart. The same for the loss, which resolves
+more. Small d and dose: the same with three seeds.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import glue_table as glue
+from experiments import peers
+
+CELLS = glue.HERE / "results" / "evidence"
+RIVALS = ("gpart", "gpart-noniso", "unilora")
+PAIRED = tuple(range(10, 20))
+THREE = PAIRED[:3]
+DOSES = (0.0, 0.3, 1.0, 3.0, 10.0)
+SHRINK = math.sqrt(glue.D / glue.N)  # a step of lr moves a weight by lr / sqrt(N / d)
+ISOMETRIC = ("shira", "waveft", "c3a")
+MORE_RATES: dict[
+    str, dict[int, tuple[float, ...]]
+] = {  # around and beyond the two of dimension.py
+    "gpart": {
+        360: (0.04, 0.21, 0.36, 1.08),
+        5760: (0.01, 0.052, 0.09, 0.27),
+        92160: (0.0025, 0.0043, 0.026, 0.045),
+        glue.N: (6.3e-5, 0.00019, 0.00057, 0.00099),
+    },
+    "unilora": {  # its best at 23,040 times sqrt(23040/d), and 3 and 9 times that
+        360: (0.0134, 0.04, 0.12),
+        1440: (0.0067, 0.02, 0.06),
+        5760: (0.0033, 0.01, 0.03),
+    },
+}
+
+
+class Cell(NamedTuple):
+    """A run: all that varies between two of them."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int = 0  # of the run, and of the partition
+    d: int = glue.D
+    decay: float = 0.1
+
+    @property
+    def path(self) -> Path:
+        size = f"d{self.d}-lr{self.lr:g}-wd{self.decay:g}"
+        seeds = f"p{self.seed:02d}-seed{self.seed:02d}"
+        return CELLS / f"{self.task}-{self.method}-{size}-{seeds}.json"
+
+    @property
+    def command(self) -> list[str]:
+        """train_glue.py's arguments, but for the folders."""
+        line = (
+            f"--task {self.task} --method {self.method} --d {self.d} --lr {self.lr:g}"
+        )
+        line += f" --weight-decay {self.decay:g} --partition-seed {self.seed}"
+        line += f" --split-seed 0 --seeds {self.seed} --bf16"
+        return [*line.split(), *glue.BUDGET[self.task]]
+
+    @property
+    def known(self) -> Path:
+        """The file of the result: an older one where that is the same run."""
+        old = glue.cell(self.task, self.method, self.lr, self.seed, self.d)
+        same = self.seed == 0 and self.decay == 0.1 and old.exists()
+        return old if same else self.path
+
+    def read(self) -> dict[str, Any] | None:
+        return glue.read(self.known)
+
+
+def digits(x: float) -> float:
+    """As a name and a command have it."""
+    return float(f"{x:.4g}")
+
+
+# --- Rates ---
+def rates(task: str, method: str, d: int = glue.D) -> list[float]:
+    """All that are tried with seed 0; [] while the first ones are missing."""
+    if d != glue.D:
+        best = glue.best_rate(method) or 0.0
+        old = {best, float(f"{best * math.sqrt(glue.D / d):.3g}")}
+        return sorted(
+            MORE_RATES[method][d] + tuple(old if method == "gpart" else {best})
+        )
+    if method in ISOMETRIC:
+        return [digits(peers.LR[method] * 3.0**k) for k in (0, 1, -1, 2, -2)]
+    five = task in ("stsb", "sst2")
+    known = glue.rates(method) if five else [glue.best_rate(method) or 0.0]
+    middle = best_of([Cell(task, method, rate) for rate in known])
+    if middle is None:
+        return []
+    factor = math.sqrt(3) if five else 3.0
+    return [*known, digits(middle * factor), digits(middle / factor)]
+
+
+def best_of(cells: list[Cell]) -> float | None:
+    """The rate with the best dev metric, the smaller of equals; a run that diverged is
+    the worst; None while one is missing."""
+    found = [(cell, cell.read()) for cell in cells]
+    if not found or any(result is None for _, result in found):
+        return None
+    dev = {c.lr: -1.0 if r["dev"] is None else r["dev"] for c, r in found if r}
+    return max(sorted(dev), key=lambda rate: dev[rate])
+
+
+def best_rate(task: str, method: str, d: int = glue.D) -> float:
+    """ValueError while a run is missing."""
+    cells = [Cell(task, method, rate, d=d) for rate in rates(task, method, d)]
+    if (rate := best_of(cells)) is None:
+        raise ValueError(f"the rates of {method} on {task}, d = {d}, are not all there")
+    return rate
+
+
+def rate_sum(task: str, lr: float) -> float:
+    """The sum of the learning rate over a run: train_glue.py's linear schedule."""
+    budget = glue.BUDGET[task]
+    steps = int(budget[budget.index("--max-steps") + 1])
+    warmup = round(0.06 * steps)
+    up = sum(t / warmup for t in range(warmup))
+    return lr * (up + sum((steps - t) / (steps - warmup) for t in range(warmup, steps)))
+
+
+# --- Stages ---
+def search(method: str, task: str, d: int = glue.D) -> list[Cell]:
+    return [Cell(task, method, rate, d=d) for rate in rates(task, method, d)]
+
+
+def equal(tasks: tuple[str, ...], d: int = glue.D, seeds: Any = PAIRED) -> list[Cell]:
+    """Seed by seed, so that a stop leaves whole pairs."""
+    methods = ("gpart", "unilora")
+    best = {(t, m): best_rate(t, m, d) for t in tasks for m in methods}
+    return [Cell(t, m, best[t, m], s, d) for s in seeds for t in tasks for m in methods]
+
+
+def undecayed(task: str) -> list[Cell]:
+    best = best_rate(task, "unilora")
+    return [Cell(task, "unilora", best, seed, decay=0.0) for seed in PAIRED]
+
+
+def dosed(task: str, dose: float, kind: str, seed: int) -> Cell:
+    """kind: gpart; same, the non-isometric variant with the same wd; scaled, with wd
+    sqrt(N/d)."""
+    lr = best_rate(task, "gpart")
+    decay = dose / rate_sum(task, lr)
+    if kind == "gpart":
+        return Cell(task, "gpart", lr, seed, decay=digits(decay))
+    decay *= 1 if kind == "same" else 1 / SHRINK
+    return Cell(task, "gpart-noniso", digits(lr * SHRINK), seed, decay=digits(decay))
+
+
+def doses(task: str) -> list[Cell]:
+    kinds = ("gpart", "same", "scaled")
+    return [dosed(task, x, kind, s) for s in THREE for x in DOSES for kind in kinds]
+
+
+def sharing(task: str) -> list[Cell]:
+    return [
+        Cell(task, method, best_rate(task, method), seed)
+        for seed in THREE
+        for method in ISOMETRIC
+    ]
+
+
+STAGES: list[Callable[[], list[Cell]]] = [
+    *[lambda t=t: [c for m in RIVALS for c in search(m, t)] for t in ("stsb", "mrpc")],
+    lambda: equal(("stsb", "mrpc")),
+    lambda: doses("mrpc"),
+    lambda: doses("stsb"),
+    lambda: [c for m in MORE_RATES for d in (360, 5760) for c in search(m, "stsb", d)],
+    lambda: equal(("stsb",), 360, THREE) + equal(("stsb",), 5760, THREE),
+    lambda: [c for m in ISOMETRIC for c in search(m, "stsb")],
+    lambda: sharing("stsb"),
+    lambda: [c for m in RIVALS for c in search(m, "sst2")],
+    lambda: equal(("sst2",)),
+    lambda: [
+        c
+        for m, sizes in MORE_RATES.items()
+        for d in sizes
+        for c in search(m, "stsb", d)
+    ],
+    lambda: [
+        c
+        for m, sizes in MORE_RATES.items()
+        for d in sizes
+        for c in search(m, "sst2", d)
+    ],
+    lambda: equal(("sst2",), 360, THREE) + equal(("sst2",), 5760, THREE),
+    lambda: [c for m in ISOMETRIC for c in search(m, "sst2")],
+    lambda: sharing("sst2"),
+    lambda: [c for m in RIVALS for c in search(m, "cola")],
+    lambda: undecayed("stsb"),
+]
+
+
+def main() -> None:
+    args = glue.parse(__doc__)
+    for number, stage in enumerate(STAGES, start=1):
+        cells = [cell for cell in dict.fromkeys(stage()) if not cell.known.exists()]
+        print(f"stage {number} of {len(STAGES)}: {len(cells)} runs to do", flush=True)
+        glue.run_all(args, [(cell.path, cell.command) for cell in cells])
+
+
+if __name__ == "__main__":
+    main()
