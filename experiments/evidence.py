@@ -3,13 +3,14 @@
 
     python -m experiments.evidence --data-dir glue      # goes on where it stopped
 
-The runs are those of glue_table.py (all-MiniLM-L6-v2, bf16 autocast, one CPU thread,
-the same steps and rows for each task), but the partition seed is the run seed, the mean
-loss on the validation rows is recorded beside the metric, and a file in
-results/evidence/ is named for all that varies: task, method, d, learning rate, weight
-decay, partition seed, run seed. Each names the commit that it was run at. Seed 0 with
-partition 0 and decay 0.1 is what glue_table.py and dimension.py ran, so those results,
-which have no loss, are read from results/glue/ and not run again.
+The runs are those of glue_table.py (all-MiniLM-L6-v2, one CPU thread, the same steps
+and rows for each task), but the partition seed is the run seed, the mean loss on the
+validation rows is recorded beside the metric, and all is float32: a CPU without bf16
+instructions takes 19 times as long with bf16. A file in results/evidence/ is named for
+all that varies: task, method, d, learning rate, weight decay, partition seed, run seed.
+Each names the commit that it was run at. Seed 0 with partition 0 and decay 0.1 is what
+glue_table.py and dimension.py ran, in bf16; those results, which have no loss, serve to
+choose rates, are read from results/glue/ and are not run again.
 
 STAGES are run in their order; what a stage runs may depend on what those before it
 found.
@@ -91,7 +92,7 @@ class Cell(NamedTuple):
             f"--task {self.task} --method {self.method} --d {self.d} --lr {self.lr:g}"
         )
         line += f" --weight-decay {self.decay:g} --partition-seed {self.seed}"
-        line += f" --split-seed 0 --seeds {self.seed} --bf16"
+        line += f" --split-seed 0 --seeds {self.seed}"
         return [*line.split(), *glue.BUDGET[self.task]]
 
     @property
@@ -148,10 +149,13 @@ def best_rate(task: str, method: str, d: int = glue.D) -> float:
     return rate
 
 
-def rate_sum(task: str, lr: float) -> float:
-    """The sum of the learning rate over a run: train_glue.py's linear schedule."""
+def steps(task: str) -> int:
     budget = glue.BUDGET[task]
-    steps = int(budget[budget.index("--max-steps") + 1])
+    return int(budget[budget.index("--max-steps") + 1])
+
+
+def rate_sum(steps: int, lr: float) -> float:
+    """The sum of the learning rate over a run: train_glue.py's linear schedule."""
     warmup = round(0.06 * steps)
     up = sum(t / warmup for t in range(warmup))
     return lr * (up + sum((steps - t) / (steps - warmup) for t in range(warmup, steps)))
@@ -178,7 +182,7 @@ def dosed(task: str, dose: float, kind: str, seed: int) -> Cell:
     """kind: gpart; same, the non-isometric variant with the same wd; scaled, with wd
     sqrt(N/d)."""
     lr = best_rate(task, "gpart")
-    decay = dose / rate_sum(task, lr)
+    decay = dose / rate_sum(steps(task), lr)
     if kind == "gpart":
         return Cell(task, "gpart", lr, seed, decay=digits(decay))
     decay *= 1 if kind == "same" else 1 / SHRINK

@@ -786,7 +786,7 @@ def test_every_result_is_of_the_run_that_its_name_says() -> None:
 
 def test_rate_sum_is_that_of_the_schedule() -> None:
     """transformers' own, warmup included."""
-    for task, steps in (("stsb", 240), ("mrpc", 150)):
+    for steps in (240, 150, 5):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
         schedule = transformers.get_linear_schedule_with_warmup(
             optimizer, round(0.06 * steps), steps
@@ -796,7 +796,7 @@ def test_rate_sum_is_that_of_the_schedule() -> None:
             total += optimizer.param_groups[0]["lr"]
             optimizer.step()
             schedule.step()
-        assert evidence.rate_sum(task, 0.01) == pytest.approx(total)
+        assert evidence.rate_sum(steps, 0.01) == pytest.approx(total)
 
 
 def test_three_doses_are_three_things(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -808,7 +808,7 @@ def test_three_doses_are_three_things(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink = (glue_table.D / glue_table.N) ** 0.5
     assert same.lr == scaled.lr == pytest.approx(gpart_.lr * shrink, rel=1e-3)
     assert same.decay == gpart_.decay
-    sums = [evidence.rate_sum("stsb", cell.lr) * cell.decay for cell in cells]
+    sums = [evidence.rate_sum(240, cell.lr) * cell.decay for cell in cells]
     assert sums == pytest.approx([3.0, 3.0 * shrink, 3.0], rel=2e-3)
     zero = [evidence.dosed("stsb", 0.0, k, 10) for k in ("gpart", "same", "scaled")]
     assert zero[1] == zero[2] != zero[0]
