@@ -46,7 +46,7 @@ from experiments import glue_table as glue
 from experiments import peers
 
 CELLS = glue.HERE / "results" / "evidence"
-RIVALS = ("gpart", "gpart-noniso", "unilora")
+TWO, RIVALS = ("gpart", "unilora"), ("gpart", "gpart-noniso", "unilora")
 PAIRED = tuple(range(10, 20))
 THREE = PAIRED[:3]
 DOSES = (0.0, 0.3, 1.0, 3.0, 10.0)
@@ -168,9 +168,8 @@ def search(method: str, task: str, d: int = glue.D) -> list[Cell]:
 
 def equal(tasks: tuple[str, ...], d: int = glue.D, seeds: Any = PAIRED) -> list[Cell]:
     """Seed by seed, so that a stop leaves whole pairs."""
-    methods = ("gpart", "unilora")
-    best = {(t, m): best_rate(t, m, d) for t in tasks for m in methods}
-    return [Cell(t, m, best[t, m], s, d) for s in seeds for t in tasks for m in methods]
+    best = {(t, m): best_rate(t, m, d) for t in tasks for m in TWO}
+    return [Cell(t, m, best[t, m], s, d) for s in seeds for t in tasks for m in TWO]
 
 
 def undecayed(task: str) -> list[Cell]:
@@ -202,33 +201,41 @@ def sharing(task: str) -> list[Cell]:
     ]
 
 
+def exponent(task: str, sizes: tuple[int, ...] = ()) -> list[Cell]:
+    """sizes: all of MORE_RATES if none is given."""
+    return [
+        cell
+        for method, more in MORE_RATES.items()
+        for d in more
+        if d in (sizes or more)
+        for cell in search(method, task, d)
+    ]
+
+
+def searches(task: str, methods: tuple[str, ...]) -> list[Cell]:
+    return [cell for method in methods for cell in search(method, task)]
+
+
 STAGES: list[Callable[[], list[Cell]]] = [
-    *[lambda t=t: [c for m in RIVALS for c in search(m, t)] for t in ("stsb", "mrpc")],
-    lambda: equal(("stsb", "mrpc")),
+    lambda: searches("stsb", TWO),
+    lambda: equal(("stsb",)),
+    lambda: searches("mrpc", TWO),
+    lambda: equal(("mrpc",)),
     lambda: doses("mrpc"),
     lambda: doses("stsb"),
-    lambda: [c for m in MORE_RATES for d in (360, 5760) for c in search(m, "stsb", d)],
+    lambda: exponent("stsb", (360, 5760)),
     lambda: equal(("stsb",), 360, THREE) + equal(("stsb",), 5760, THREE),
-    lambda: [c for m in ISOMETRIC for c in search(m, "stsb")],
+    lambda: searches("stsb", ISOMETRIC),
     lambda: sharing("stsb"),
-    lambda: [c for m in RIVALS for c in search(m, "sst2")],
+    lambda: searches("sst2", TWO),
     lambda: equal(("sst2",)),
-    lambda: [
-        c
-        for m, sizes in MORE_RATES.items()
-        for d in sizes
-        for c in search(m, "stsb", d)
-    ],
-    lambda: [
-        c
-        for m, sizes in MORE_RATES.items()
-        for d in sizes
-        for c in search(m, "sst2", d)
-    ],
+    lambda: exponent("stsb"),
+    lambda: exponent("sst2"),
     lambda: equal(("sst2",), 360, THREE) + equal(("sst2",), 5760, THREE),
-    lambda: [c for m in ISOMETRIC for c in search(m, "sst2")],
+    lambda: searches("sst2", ISOMETRIC),
     lambda: sharing("sst2"),
-    lambda: [c for m in RIVALS for c in search(m, "cola")],
+    lambda: searches("cola", TWO),
+    lambda: [c for t in ("stsb", "mrpc", "sst2", "cola") for c in searches(t, RIVALS)],
     lambda: undecayed("stsb"),
 ]
 

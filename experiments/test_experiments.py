@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 import types
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import accelerate
 import mutants
 import pytest
 import safetensors.torch
+import scipy.stats
 import torch
 import transformers
 
@@ -28,11 +31,13 @@ from experiments import (
     dimension,
     evidence,
     glue_table,
+    isometry,
     landscape,
     model_card,
     peers,
     runs,
     scaling,
+    verdicts,
 )
 
 SOURCE = (mutants.ROOT / "gpart.py").read_text()
@@ -838,3 +843,161 @@ def test_measured_loss_is_the_models_own() -> None:
         metric, loss = bench.measure(model, rows)
         torch.testing.assert_close(torch.tensor(loss), expected)
         assert metric == bench.evaluate(model, rows)
+
+
+@pytest.fixture
+def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """put(cell, dev, metric, loss): a finished run, in a folder of its own."""
+    monkeypatch.setattr(evidence, "CELLS", tmp_path)
+
+    def put(
+        cell: evidence.Cell, dev: float | None, metric: float = 0.0, loss: float = 0.0
+    ) -> None:
+        diverged = {"dev": None, "metric": None, "loss": None}
+        found = {"dev": dev, "metric": metric, "loss": loss, "trainable": 7}
+        text = json.dumps(diverged if dev is None else found)
+        cell.path.write_text(text, encoding="utf-8")
+
+    return put
+
+
+def test_rates_go_on_around_the_best(ran: Any) -> None:
+    """A factor sqrt(3) from the best of five, 3 from the only one; known only when all
+    have been run."""
+    low, best, high = sorted(evidence.rates("sst2", "unilora"))[-5:-2]
+    assert (best / low, high / best) == pytest.approx([3**0.5] * 2, rel=1e-3)
+    assert best == 0.005  # of five that results/glue/ has
+    one, more, less = evidence.rates("mrpc", "gpart")
+    assert (more / one, one / less) == (3, 3)
+    if not evidence.Cell("mrpc", "gpart", more).path.exists():
+        with pytest.raises(ValueError, match="gpart on mrpc, d = 23040, are not all"):
+            evidence.best_rate("mrpc", "gpart")
+    ran(evidence.Cell("mrpc", "gpart", more), 0.9)
+    ran(evidence.Cell("mrpc", "gpart", less), 0.8)
+    assert evidence.best_rate("mrpc", "gpart") == more
+
+
+def test_best_rate_of_a_search(ran: Any) -> None:
+    """The smaller of equals; a run that diverged is the worst; None while one is
+    missing."""
+    cells = [evidence.Cell("sst2", "c3a", rate) for rate in (0.3, 0.1, 0.2)]
+    ran(cells[0], 0.5)
+    ran(cells[1], 0.5)
+    assert evidence.best_of(cells) is None and evidence.best_of([]) is None
+    ran(cells[2], None)
+    assert evidence.best_of(cells) == 0.1
+    assert evidence.best_of(cells[2:]) == 0.2
+
+
+def test_a_stop_leaves_whole_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each seed's runs follow one another, and no seed chose a rate."""
+    monkeypatch.setattr(evidence, "best_rate", lambda *_: 0.1)
+    cells = evidence.equal(("stsb", "mrpc"))
+    for at in range(0, len(cells), 2):
+        one, other = cells[at : at + 2]
+        assert one._replace(method="unilora") == other and one.method == "gpart"
+    assert [cell.seed for cell in cells] == [s for s in evidence.PAIRED for _ in "1234"]
+    assert min(evidence.PAIRED) > 2 and len({*evidence.PAIRED}) == 10
+
+
+def test_interval_is_students() -> None:
+    """scipy's own; of equal values it is a point, of one value there is none."""
+    values = [1.0, 2.0, 4.5, 3.0]
+    found = verdicts.interval(values)
+    expected = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert found is not None and found.n == 4
+    assert found.mean == statistics.fmean(values)
+    assert (found.low, found.high) == pytest.approx([*expected])
+    assert verdicts.interval([2.0, 2.0]) == (2.0, 2.0, 2.0, 2)
+    assert verdicts.interval([2.0]) is None
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    """Of a loss the other way round."""
+    up, down = (verdicts.Interval(m, m - 1, m + 1, 9) for m in (1.5, -1.5))
+    assert (up.verdict(), down.verdict()) == ("better", "worse")
+    assert (up.verdict(-1), down.verdict(-1)) == ("worse", "better")
+    assert verdicts.Interval(0.5, -0.1, 1.1, 9).verdict() == "not told apart"
+
+
+def test_differences_pair_the_seeds(ran: Any) -> None:
+    """A hole leaves a hole; a run that diverged has the metric 0 and no loss."""
+    ones = [evidence.Cell("stsb", "gpart", 0.1, seed) for seed in (10, 11, 12)]
+    others = [cell._replace(method="unilora") for cell in ones]
+    for cell, metric in zip(ones, (0.5, 0.75, 0.25), strict=True):
+        ran(cell, 0.5, metric, 0.5)
+    ran(others[0], 0.5, 0.25, 0.25)
+    ran(others[2], None)
+    assert verdicts.differences(ones, others, "metric") == {10: 25.0, 12: 25.0}
+    assert verdicts.differences(ones, others, "loss") == {10: 250.0}
+    assert verdicts.paired(ones, others, "loss") is None
+
+
+def test_optimum_is_the_top_of_a_parabola() -> None:
+    """Of metrics that are one in the logarithm of the rate, exactly; none at an end."""
+    rates = [0.001, 0.004, 0.01, 0.05]
+    points = [(r, 0.8 - math.log(r / 0.006) ** 2) for r in rates]
+    assert verdicts.optimum(points) == pytest.approx(0.006)
+    assert verdicts.optimum(points[:2]) is None and verdicts.optimum([]) is None
+
+
+def test_slope_is_the_exponent() -> None:
+    """Exactly of a power law, and within the interval of a noisy one."""
+    sizes = [360, 5760, 23040, 92160]
+    line = verdicts.slope({d: 3 * d**-0.5 for d in sizes})
+    assert line is not None and (line.low, line.high) == pytest.approx([-0.5] * 2)
+    noisy = verdicts.slope({d: d**-0.5 * 2 ** (d % 7) for d in sizes})
+    assert noisy is not None and noisy.low < -0.5 < noisy.high
+    assert verdicts.slope(dict.fromkeys(sizes[:2], 1.0)) is None
+
+
+def test_paper_dose_counts_its_rows() -> None:
+    """The rows that are left to train on are those of the results."""
+    for task in ("mrpc", "stsb"):
+        path = glue_table.cell(task, "gpart", 0.015, 0)
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]["train"]
+        assert verdicts.PAPER[task][0] == rows
+
+
+def test_report_has_the_tables_of_the_runs() -> None:
+    """results/evidence.md and isometry.md are what the scripts make of the files."""
+    found = (RESULTS / "evidence.md").read_text(encoding="utf-8")
+    assert found == verdicts.render()
+    content = json.loads((RESULTS / "isometry.json").read_text(encoding="utf-8"))
+    table = isometry.table(content["methods"])
+    assert table in (RESULTS / "isometry.md").read_text(encoding="utf-8")
+    assert table in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+
+
+# --- Isometry ---
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+def test_ratio_tells_isometry_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 for GPart and SHiRA, sqrt(N/d) at every pair for the variant, and for LoRA
+    another for thetas of another length."""
+    monkeypatch.setattr(isometry, "TARGETS", ["0", "1"])
+    monkeypatch.setattr(glue_table, "D", 32)
+    expected = {"gpart": 1.0, "shira": 1.0, "gpart-noniso": (128 / 32) ** 0.5}
+    for name in (*expected, "lora"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        method = isometry.Map(model, name)
+        theta = torch.randn(method.size, generator=torch.Generator().manual_seed(1))
+        assert method(theta).shape == (128,)
+        found = isometry.ratios(method, 20, 10.0)
+        if name in expected:
+            assert found == pytest.approx([expected[name]] * 20)
+        else:
+            assert max(found) > 5 * min(found)
+
+
+def test_a_random_partition_keeps_the_mean_and_d_of_N() -> None:
+    """E |P^T x|^2 = N mean(x)^2 + (d-1)/(N-1) |x - mean(x)|^2 over partitions into
+    equal groups, to four standard errors."""
+    N, d = 24, 6
+    x = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x += 0.3
+    squares = torch.stack(
+        [gpart.Partition(N, d, seed).reduce(x).square().sum() for seed in range(2000)]
+    )
+    expected = N * x.mean() ** 2 + (d - 1) / (N - 1) * (x - x.mean()).square().sum()
+    error = squares.std() / len(squares) ** 0.5
+    assert abs(squares.mean() - expected) < 4 * error < 0.1 * expected

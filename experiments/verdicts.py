@@ -324,7 +324,8 @@ def render() -> str:
 
 `python -m experiments.evidence --data-dir glue`, then `python -m experiments.verdicts`:
 {len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}.
-{"; ".join(sorted(versions))}. Metrics in percent, losses in thousandths; intervals 95 %.
+{"; ".join(sorted(versions))}.
+Metrics in percent, losses in thousandths; intervals 95 %.
 
 ## Rates
 
