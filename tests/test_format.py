@@ -53,6 +53,7 @@ files = pytest.mark.parametrize("case", VECTORS["files"], ids=label)
 
 
 # --- The vectors ---
+@pytest.mark.slow
 def test_vectors_are_what_the_script_writes():
     golden = FORMAT / "golden" / "elsewhere.safetensors"
     assert golden.read_bytes() == make_vectors.elsewhere()
@@ -433,6 +434,7 @@ def test_every_flipped_bit_is_refused(case):
 
 
 # --- The page ---
+@pytest.mark.slow
 def test_specification_has_the_golden_table():
     """README.md's rows: N, seed, pi(0), pi(1), ..., and the CRC-32 of all of pi."""
     page = (FORMAT / "README.md").read_text(encoding="utf-8")
