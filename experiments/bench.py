@@ -15,6 +15,9 @@ random weights, without dropout. The sides are
     lora       peft's LoRA, rank 8
     vera       peft's VeRA, rank 1024
     fourierft  peft's FourierFT, 1,000 frequencies a matrix
+    shira      peft's SHiRA, WaveFT and C3A, as near to the same d as their rules allow
+    waveft
+    c3a
     full       every parameter trained
 
 All sides alternate in one process, in a new random order each round, and a ratio is
@@ -50,7 +53,8 @@ import gpart
 from experiments import peers
 
 HERE = Path(__file__).resolve().parent
-SIDES = ("dense", "gpart", "plain", "unilora", "lora", "vera", "fourierft", "full")
+PEERS = ("unilora", "lora", "vera", "fourierft", "shira", "waveft", "c3a")
+SIDES = ("dense", "gpart", "plain", *PEERS, "full")
 ENCODER = {"target_modules": ["query", "value"], "d": 23040}
 DECODER = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "d": 131072}
 MODELS: dict[str, dict[str, Any]] = {

@@ -42,6 +42,7 @@ from experiments import (
 
 SOURCE = (mutants.ROOT / "gpart.py").read_text()
 RESULTS = Path(__file__).parent / "results"
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant")  # PEFT's SHiRA
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +153,6 @@ def test_peers_of_size_d_train_d_numbers() -> None:
         ), method
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant")
 @pytest.mark.parametrize("method", ["unilora", "vera", "fourierft", "shira", "waveft"])
 def test_seed_draws_another_structure(method: str) -> None:
     """The same trained numbers give the same update again, and another for another
@@ -970,7 +970,6 @@ def test_report_has_the_tables_of_the_runs() -> None:
 
 
 # --- Isometry ---
-@pytest.mark.filterwarnings("ignore:Sparse invariant")
 def test_ratio_tells_isometry_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 for GPart and SHiRA, sqrt(N/d) at every pair for the variant, and for LoRA
     another for thetas of another length."""
