@@ -1000,3 +1000,44 @@ def test_a_random_partition_keeps_the_mean_and_d_of_N() -> None:
     expected = N * x.mean() ** 2 + (d - 1) / (N - 1) * (x - x.mean()).square().sum()
     error = squares.std() / len(squares) ** 0.5
     assert abs(squares.mean() - expected) < 4 * error < 0.1 * expected
+
+
+def test_adamw_knows_no_isometry() -> None:
+    """phi = theta / sqrt(n): with lr / sqrt(n), wd sqrt(n) and eps sqrt(n) the variant
+    without isometry makes the same updates, step by step, whatever the loss."""
+    N, d = 24, 6
+    n = N // d
+    target = torch.randn(N, dtype=torch.float64)
+    updates: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for isometric, path in updates.items():
+        P = gpart.Partition(N, d, 3, isometric).dense()
+        theta = torch.nn.Parameter(torch.zeros(d, dtype=torch.float64))
+        root = 1.0 if isometric else n**0.5
+        settings = {"lr": 0.1 / root, "weight_decay": 2.0 * root, "eps": 1e-8 * root}
+        optimizer = torch.optim.AdamW([theta], **settings)
+        for _ in range(30):
+            optimizer.zero_grad()
+            (P @ theta - target).pow(4).sum().backward()
+            optimizer.step()
+            path.append((P @ theta).detach())
+    torch.testing.assert_close(torch.stack(updates[True]), torch.stack(updates[False]))
+    assert updates[True][-1].norm() > 0.1
+
+
+def test_a_norm_falls_as_decay_or_its_root() -> None:
+    """Under AdamW theta settles at a norm that falls as 1/wd where the gradient is
+    steady, and as 1/sqrt(wd) where it is noise: to be sqrt(n) times nearer takes
+    sqrt(n) or n times the decay."""
+    draw = torch.Generator().manual_seed(0)
+    norms = {}
+    for kind in ("steady", "noise"):
+        for decay in (0.25, 4.0):
+            theta = torch.nn.Parameter(torch.zeros(1000))
+            optimizer = torch.optim.AdamW([theta], lr=0.005, weight_decay=decay)
+            for _ in range(4000):
+                noise = torch.randn(1000, generator=draw)
+                theta.grad = torch.ones(1000) if kind == "steady" else noise
+                optimizer.step()
+            norms[kind, decay] = float(theta.detach().norm())
+    assert norms["steady", 0.25] / norms["steady", 4.0] == pytest.approx(16, rel=0.02)
+    assert norms["noise", 0.25] / norms["noise", 4.0] == pytest.approx(4, rel=0.1)
