@@ -615,19 +615,25 @@ def test_algebra_from_beginning_to_end(
         task: ["--max-steps", "1", "--max-length", "16"] for task in glue_table.BUDGET
     }
     monkeypatch.setattr(glue_table, "BUDGET", short)
+    command = glue_table.command  # but for bf16, which is slow where a CPU lacks it
+
+    def float32(*one: Any) -> list[str]:
+        return [word for word in command(*one) if word != "--bf16"]
+
+    monkeypatch.setattr(glue_table, "command", float32)
     monkeypatch.setattr(glue_table, "best_rate", {"gpart": 0.01, "lora": 0.01}.get)
     monkeypatch.setattr(glue_table, "dev", lambda task, method, rate, d: -rate)
     monkeypatch.setattr(algebra, "HERE", tmp_path)
     monkeypatch.setattr(algebra, "STEPS", 1)
     (tmp_path / "results").mkdir()
-    command = [
+    argv = [
         "algebra",
         "--data-dir",
         str(mutants.ROOT / "toy_glue"),
         "--work",
         str(tmp_path),
     ]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", argv)
     algebra.main()
     cells = json.loads((tmp_path / "results" / "algebra.json").read_text())["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
@@ -995,11 +1001,11 @@ def test_a_random_partition_keeps_the_mean_and_d_of_N() -> None:
     x = torch.randn(N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x += 0.3
     squares = torch.stack(
-        [gpart.Partition(N, d, seed).reduce(x).square().sum() for seed in range(2000)]
+        [gpart.Partition(N, d, seed).reduce(x).square().sum() for seed in range(600)]
     )
     expected = N * x.mean() ** 2 + (d - 1) / (N - 1) * (x - x.mean()).square().sum()
     error = squares.std() / len(squares) ** 0.5
-    assert abs(squares.mean() - expected) < 4 * error < 0.1 * expected
+    assert abs(squares.mean() - expected) < 4 * error < 0.2 * expected
 
 
 def test_adamw_knows_no_isometry() -> None:
@@ -1031,13 +1037,13 @@ def test_a_norm_falls_as_decay_or_its_root() -> None:
     draw = torch.Generator().manual_seed(0)
     norms = {}
     for kind in ("steady", "noise"):
-        for decay in (0.25, 4.0):
+        for wd in (0.25, 4.0):
             theta = torch.nn.Parameter(torch.zeros(1000))
-            optimizer = torch.optim.AdamW([theta], lr=0.005, weight_decay=decay)
+            optimizer = torch.optim.AdamW([theta], lr=0.005, weight_decay=wd)
             for _ in range(4000):
                 noise = torch.randn(1000, generator=draw)
                 theta.grad = torch.ones(1000) if kind == "steady" else noise
                 optimizer.step()
-            norms[kind, decay] = float(theta.detach().norm())
+            norms[kind, wd] = float(theta.detach().norm())
     assert norms["steady", 0.25] / norms["steady", 4.0] == pytest.approx(16, rel=0.02)
     assert norms["noise", 0.25] / norms["noise", 4.0] == pytest.approx(4, rel=0.1)
