@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The partition at scale: seconds and memory against N, and an 8B model one matrix at a
-time.
+"""The partition at scale: seconds and memory against N, and an 8B model by its shapes.
 
-    python -m experiments.scale                     # six minutes on one CPU core, 12 GB of memory
+    python -m experiments.scale            # six minutes on one CPU core, 12 GB of memory
 
 1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N),
-which would be
-   the ordinary way to a partition; each in a process of its own. Peak is what the
-   process grows by.
-2. attach, load and merge: query and value of RoBERTa-base and -large, whole; q, k, v
-and o of Llama
-   3 8B on the meta device, one matrix materialised at a time: where the model does not
-   fit, the ids of one weight are computed when it comes.
+   which would be the ordinary way to a partition; each in a process of its own. Peak is
+   what the process grows by.
+2. attach, load and merge: query and value of RoBERTa-base and -large, whole; of q, k, v
+   and o of Llama 3 8B one matrix at a time, ids from Partition.groups(start, stop) and
+   W + P theta, as where the model does not fit into memory.
 
 Writes results/scale.json and figures/scale.png.
 """
@@ -50,26 +47,17 @@ if what == "groups":
     result["seconds"], out = timed(gpart.Partition(N, 23040).groups)
 elif what == "randperm":
     result["seconds"], out = timed(torch.randperm, N)
-elif what == "llama":
-    import transformers
-    config = transformers.LlamaConfig(hidden_size=4096, num_hidden_layers=32, vocab_size=128256,
-        intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
-    with torch.device("meta"):
-        model, other = (transformers.LlamaForCausalLM(config).bfloat16() for _ in range(2))
-    before = peak()
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    result["attach"], g = timed(lambda: gpart.attach(model, 524288, target_modules=targets))
-    torch.nn.init.normal_(g.theta)
-    with tempfile.TemporaryDirectory() as folder:
-        gpart.save(model, f"{folder}/a.safetensors")
-        result["load"], g = timed(gpart.load, other, f"{folder}/a.safetensors")
-        result["swap"] = timed(gpart.load, other, f"{folder}/a.safetensors")[0]
-    result |= {"N": g.partition.N, "ids": 0.0, "merge": 0.0}
-    for name, shape in g.manifest:
+elif what == "llama":  # q, k, v, o of each layer; grouped-query attention
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)] * N
+    P = gpart.Partition(sum(a * b for a, b in shapes), 524288)
+    theta, scale, start = torch.randn(P.d), P.scale(), 0
+    result = {"N": P.N, "ids": 0.0, "merge": 0.0}
+    for shape in shapes:
         w = torch.zeros(shape, dtype=torch.bfloat16)  # as read from one shard of a checkpoint
-        seconds, parts = timed(g.parts, name, w)
+        seconds, ids = timed(P.groups, start, start + w.numel())
         result["ids"] += seconds
-        result["merge"] += timed(gpart.add_update, w, *parts)[0]
+        result["merge"] += timed(gpart.add_update, w, theta, ids, scale)[0]
+        start += w.numel()
 else:  # width of an encoder with N layers
     model = nn.ModuleList(nn.ModuleDict({key: nn.Linear(int(what), int(what))
                                          for key in ("query", "value")}) for _ in range(N))
@@ -122,7 +110,7 @@ def main() -> None:
             row |= {f"{what}_{key}": value for key, value in run(what, N).items()}
         rows.append(row)
     models = {"RoBERTa-base": run("768", 12), "RoBERTa-large": run("1024", 24)}
-    models["Llama 3 8B, by matrix"] = run("llama", 0)
+    models["Llama 3 8B, by matrix"] = run("llama", 32)
     result = {
         "partition": rows,
         "models": models,

@@ -33,7 +33,6 @@ from experiments import (
     glue_table,
     isometry,
     landscape,
-    model_card,
     peers,
     runs,
     scaling,
@@ -693,67 +692,6 @@ CARDS = {  # class of the model: its configuration, targets, head, number of lab
         None,
     ),
 }
-
-
-@pytest.mark.parametrize("auto", CARDS)
-def test_code_in_the_model_card_loads_the_adapter(
-    auto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Run as it stands in the pushed folder, it gives the model that was trained."""
-    config, targets, heads, labels = CARDS[auto]
-    more = {} if labels is None else {"num_labels": labels}
-    load = getattr(transformers, auto).from_pretrained
-    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    model = load("base", **more).eval()
-    model.name_or_path = "../base"
-    gpart.attach(
-        model, 7, target_modules=targets, modules_to_save=heads
-    ).theta.data.fill_(0.5)
-    for head in heads:
-        model.get_submodule(head).weight.data.fill_(0.25)
-    gpart.save(model, "a.safetensors")
-    for _ in range(2):  # a card may be written anew
-        path = model_card.write(
-            Path("a.safetensors"), Path("folder"), auto, labels, "mit"
-        )
-    text = path.read_text()
-    assert "license: mit" in text and "7 trained numbers move\n512 weights" in text
-    monkeypatch.chdir("folder")
-    scope: dict[str, Any] = {}
-    exec(text.split("```python\n")[1].split("```")[0], scope)
-    ids = torch.arange(8).view(2, 4)
-    assert torch.equal(scope["model"].eval()(ids).logits, model(ids).logits)
-
-
-def test_model_card_is_for_whole_gpart_files_only(tmp_path: Path) -> None:
-    """Another file is refused by name, a README.md that is there stays, nothing is
-    written."""
-    gpart.attach(
-        net := torch.nn.Sequential(torch.nn.Linear(4, 4)), 3, target_modules="0"
-    )
-    gpart.save(net, tmp_path / "good")
-    damaged = bytearray((tmp_path / "good").read_bytes())
-    damaged[-1] ^= 1
-    (tmp_path / "damaged").write_bytes(damaged)
-    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "other")
-    (tmp_path / "text").write_text("no")
-    (tmp_path / "README.md").write_text("a project")
-    messages = {
-        "other": "format None, not",
-        "text": "no safetensors",
-        "damaged": "sha256 is wrong",
-    }
-    for name, message in messages.items():
-        with pytest.raises(SystemExit, match=message):
-            model_card.main(
-                [str(tmp_path / name), str(tmp_path / "new"), "--auto-class", "X"]
-            )
-    with pytest.raises(SystemExit, match="exists and is no model card"):
-        model_card.main([str(tmp_path / "good"), str(tmp_path), "--auto-class", "X"])
-    assert (tmp_path / "README.md").read_text() == "a project" and not (
-        tmp_path / "new"
-    ).exists()
 
 
 # --- Evidence ---

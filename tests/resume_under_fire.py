@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kill a training run again and again: does --resume end where an undisturbed run ends?
 
-    python experiments/resume_under_fire.py --kills 20            # ten minutes on two cores
+    python tests/resume_under_fire.py --kills 20            # ten minutes on two cores
 
 train_glue.py runs once undisturbed, then under fire: killed (SIGKILL) at a random
 moment, start-up included, and started again with --resume. A run that gets through
@@ -95,7 +95,7 @@ def main() -> None:
         "device": f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
-    path = ROOT / "experiments" / "results" / "resume_under_fire.json"
+    path = ROOT / "tests" / "results" / "resume_under_fire.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{len(kills)} kills, {len(got)} runs under fire, all equal: {equal}")
     sys.exit(0 if equal else 1)

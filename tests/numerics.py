@@ -3,7 +3,7 @@ r"""What 16-bit weights leave of the update P theta, and what a float32 theta is
 
     python train_glue.py --task stsb --data-dir glue --max-steps 180 --max-length 64 \
         --output runs/stsb
-    python -m experiments.numerics runs/stsb/adapter.safetensors --data-dir glue     # one minute
+    python -m tests.numerics runs/stsb/adapter.safetensors --data-dir glue     # one minute
 
 The trained adapter is put on its base model in bfloat16 and in float16, at its own
 size, at a tenth and at ten times that. In a 16-bit model w = cast(W + P theta),
