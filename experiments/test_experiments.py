@@ -15,7 +15,6 @@ from typing import Any
 import accelerate
 import mutants
 import pytest
-import safetensors.torch
 import scipy.stats
 import torch
 import transformers
@@ -667,31 +666,6 @@ def test_updates_combine_linearly() -> None:
     assert torch.equal(total, torch.tensor([-1.5] * 4 + [-1.0] * 3).double())
     result = algebra.compare(algebra.vector(a), algebra.vector(b))
     assert result == pytest.approx({"distance": 7**0.5, "cosine": 8 / (4 * 19) ** 0.5})
-
-
-# --- The model card ---
-TINY = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": 9,
-}
-CARDS = {  # class of the model: its configuration, targets, head, number of labels
-    "AutoModelForSequenceClassification": (
-        transformers.DistilBertConfig(
-            dim=16, hidden_dim=16, n_layers=1, n_heads=2, vocab_size=9, num_labels=3
-        ),
-        ["q_lin", "v_lin"],
-        ["pre_classifier", "classifier"],
-        3,
-    ),
-    "AutoModelForCausalLM": (
-        transformers.LlamaConfig(**TINY, intermediate_size=16),
-        ["q_proj", "v_proj"],
-        [],
-        None,
-    ),
-}
 
 
 # --- Evidence ---
