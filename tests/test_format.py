@@ -220,7 +220,6 @@ REAL = {  # model, d, arguments of attach
     "float64": (lambda: net().double(), 7, {}),
     "d = 1": (net, 1, {}),
     "d = N": (net, 45, {"seed": 2**53 + 1}),
-    "bias": (net, 7, {"bias": True}),
     "not isometric": (net, 7, {"isometric": False}),
     "a head": (net, 7, {"target_modules": "0", "modules_to_save": "2"}),
     "a norm": (net, 7, {"target_modules": "0", "modules_to_save": ["1", "2"]}),
