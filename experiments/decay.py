@@ -11,10 +11,12 @@ falls with the weight decay; the factor is by how much more decay the non-isomet
 variant needs for the same norm, read off where the curves have lost half of their
 (logarithmic) height. Two kinds:
 
-    Adam     coupled, torch.optim.Adam(weight_decay): adds wd theta to the gradient, an L2 penalty
-             (wd/2) ||theta||^2. Expected factor N/d.
-    AdamW    decoupled: theta shrinks by 1 - lr wd in each step. Expected factor sqrt(N/d), and only
-             because the learning rates are that far apart.
+    Adam     coupled, torch.optim.Adam(weight_decay): adds wd theta to the gradient, an
+             L2 penalty (wd/2) ||theta||^2. Expected factor N/d
+    AdamW    decoupled: theta shrinks by 1 - lr wd in each step. Expected factor
+             sqrt(N/d), because the learning rates are that far apart. This is an
+             identity: with lr / sqrt(n) and wd sqrt(n), n = N/d, the variant makes the
+             same updates step by step, so it checks the code and finds nothing
 
 Writes results/decay.json, results/decay.md and figures/decay.png. A finished point is
 not run again.
@@ -183,6 +185,8 @@ def main() -> None:
         "# Weight decay with and without isometry",
         f"`python -m experiments.decay --data-dir glue`: {record.ran_on}; one seed.",
         table(kinds),
+        "The row of AdamW is an identity: learning rates sqrt(N/d) apart and decays\n"
+        "sqrt(N/d) apart the other way make the same updates. It checks the code.",
         "The norm of the update at the end:",
         *[norms(kind, two) for kind, two in kinds.items()],
     ]

@@ -116,6 +116,8 @@ at most one point below the curve's best.
 
 {table()}
 
+One rate and one rule: whether another exponent would do better is not asked here.
+
 Learning rates, from the smallest d on: {"; ".join(f"{c} {r}" for c, r in rates.items())}.
 """
     (glue.HERE / "results" / "dimension.md").write_text(text)

@@ -411,6 +411,8 @@ def render() -> str:
 `python -m experiments.glue_table --data-dir glue`: {took}.
 {"; ".join(sorted(devices))}. {"; ".join(sorted(versions))}
 
+All runs have partition seed 0, so that no deviation includes the choice of P.
+
 ## Table 1: the validation metric in percent, median ± deviation of three seeds, or one seed
 
 {table(TABLE_1)}
@@ -420,6 +422,8 @@ def render() -> str:
 {margins("gpart", THREE_SEEDS[1:], SEEDS)}
 
 ## Learning rates: five a factor of 3 apart, on the dev splits of STS-B and SST-2, seed 0
+
+A range is counted from the method's own best, and in multiples of its own rates.
 
 {rate_table()}
 
