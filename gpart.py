@@ -637,18 +637,18 @@ def save(model: nn.Module, path: Path) -> None:
     adapter, own = adapter_of(model)
     folder = os.path.dirname(os.path.abspath(path))
     os.stat(folder)  # an error that names it, not the temporary folder
-    own |= adapter.pretrained
+    require("theta" not in own, "the model has a parameter called theta: rename it")
     tensors = {"theta": adapter.theta}
     for name in to_save(adapter, own):
         require(name not in adapter.aliases, f"{name} is adapted: it must stay frozen")
-        require(name != "theta", "the model has a parameter called theta: rename it")
         tensors[name] = own.pop(name)
+    own |= adapter.pretrained
     for name, t in tensors.items():
         tensors[name] = whole(t)
         require(tensors[name].isfinite().all(), f"{name} is not finite: nothing saved")
     base_name = str(getattr(model, "name_or_path", ""))
     if os.path.isabs(base_name):
-        base_name = os.path.basename(base_name)
+        base_name = os.path.basename(os.path.normpath(base_name))
     metadata = {
         "format": FORMAT,
         "gpart_version": __version__,
@@ -681,9 +681,11 @@ def load(model: nn.Module, path: Path) -> GPart:
     if isinstance(adapter, GPart):
         require(not adapter.pretrained, "merged: unmerge(model), then load")
         theirs, ours = (partition, manifest), (adapter.partition, adapter.manifest)
-        require(theirs == ours, f"{path} has {theirs}, the model {ours}: detach first")
+        sides = f"{path} has {theirs!s:.300}, the model {ours!s:.300}"
+        require(theirs == ours, f"{sides}: detach first")
         missing = to_save(adapter, own) - names
-        require(not missing, f"{path} lacks {missing}, which train here: detach first")
+        text = f"{path} lacks {missing!s:.300}, which train here: detach first"
+        require(not missing, text)
         adapter.saved |= names
         for name in names:
             own[name].requires_grad_(isinstance(own[name], nn.Parameter))
@@ -720,12 +722,15 @@ def read(path, own):
             check(own, partition, manifest, shapes)
             tensors = {name: file.get_tensor(name) for name in names}
     except (
+        AttributeError,  # a dtype that this torch does not know
+        OverflowError,
         RecursionError,
         TypeError,
         ValueError,
         safetensors.SafetensorError,
     ) as error:
-        raise ValueError(f"{path} is no adapter of this model: {error}") from error
+        text = f"{path} is no adapter of this model: {error!s:.500}"
+        raise ValueError(text) from error
     signature = metadata.pop("sha256", None)
     require(signature == digest(metadata, tensors), f"{path} is damaged: wrong sha256")
     check_values(path, own, tensors)
@@ -742,6 +747,7 @@ def check(own, partition, manifest, shapes):
     adapted = {own[name] for name, _ in manifest}
     total = sum(w.numel() for w in adapted)
     require(total == partition.N, f"{total} weights are adapted, not {partition.N}")
+    require(len(adapted) == len(manifest), "the manifest names a parameter twice")
     require("theta" in shapes, "theta is missing")
     for name in shapes:
         require(own.get(name) not in adapted, f"{name} is adapted, and replaced too")
