@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.linalg import norm
-from test_format import REFUSED, VECTORS, label, reader
+
+from tests.test_format import REFUSED, VECTORS, label, reader
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "course" / "partition.html"
@@ -94,10 +95,7 @@ class Browser:
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=PAGE.as_uri())
-        self.run(
-            "new Promise((go) => document.readyState === 'complete' ? go() "
-            ": addEventListener('load', go))"
-        )
+        self.wait("document.readyState === 'complete'")
 
     def set(self, **values):
         """Move sliders as a person would: the value, then the event."""
@@ -119,7 +117,7 @@ class Browser:
         """Drop a file on the page; wait until it shows the layers or an error."""
         data = base64.b64encode(content).decode()
         self.run(
-            f"""(async () => {{
+            f"""{{
                 document.getElementById("verdict").textContent = "";
                 document.getElementById("report").textContent = "";
                 const bytes = Uint8Array.from(atob("{data}"), (c) => c.charCodeAt(0));
@@ -127,8 +125,18 @@ class Browser:
                 dataTransfer.items.add(new File([bytes], "{name}"));
                 const how = {{ dataTransfer, bubbles: true, cancelable: true }};
                 document.body.dispatchEvent(new DragEvent("drop", how));
-                const done = () => document.querySelector("table, .bad:not(:empty)");
-                while (!done()) await new Promise((go) => setTimeout(go, 5));
+            }}"""
+        )
+        self.wait("document.querySelector('table, .bad:not(:empty)')")
+
+    def wait(self, condition):
+        self.run(
+            f"""(async () => {{
+                const start = performance.now();
+                while (!({condition})) {{
+                    await new Promise((go) => setTimeout(go, 5));
+                    if (performance.now() > start + 60_000) throw Error("in vain");
+                }}
             }})()"""
         )
 
@@ -258,10 +266,7 @@ def test_chosen_file_is_shown(page):
     found = page.call("DOM.querySelector", nodeId=document, selector="#file")
     path = str(GOLDEN / "elsewhere.safetensors")
     page.call("DOM.setFileInputFiles", files=[path], nodeId=found["nodeId"])
-    page.run(
-        "(async () => { while (!document.querySelector('table')) "
-        "await new Promise((go) => setTimeout(go, 5)); })()"
-    )
+    page.wait("document.querySelector('table')")
     assert page.text("#verdict").startswith("✓ elsewhere.safetensors")
 
 
