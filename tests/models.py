@@ -155,11 +155,11 @@ class Case:
         options = {"target_modules": self.targets, "modules_to_save": self.save}
         return attach(model, d, **{**options, "fused": self.fused, **kwargs})
 
-    def adapted(self, seed=7, **kwargs):
+    def adapted(self, draw=7, **kwargs):
         """A fresh model, attached, with a random theta; and its adapter."""
         model = self.model()
         adapter = self.attach(model, **kwargs)
-        adapter.theta.data.copy_(normal(len(adapter.theta), seed=seed))
+        adapter.theta.data.copy_(normal(len(adapter.theta), seed=draw))
         return model, adapter
 
     def __call__(self, model, grad=False):
@@ -233,9 +233,7 @@ MODELS = {
     "mpnet": Case(
         transformer("MPNet", "Model", **SIZE), IDS, ("q", "q.bias", "v", "v.bias")
     ),
-    "deberta": Case(
-        transformer("DebertaV2", "Model", **DEBERTA), IDS, ALL, train=True
-    ),
+    "deberta": Case(transformer("DebertaV2", "Model", **DEBERTA), IDS, ALL, train=True),
     "longformer": Case(
         transformer("Longformer", "Model", **LONGFORMER),
         {"input_ids": TOKENS[:1]},
@@ -320,6 +318,12 @@ def oracle(pristine, adapter):
     return model
 
 
+def dense_P(partition):
+    """P [N, d] by Eq. 7, in float64, from the ids alone."""
+    one_hot = nn.functional.one_hot(partition.groups().long(), partition.d).double()
+    return one_hot / one_hot.sum(0).sqrt() if partition.isometric else one_hot
+
+
 def dense_gradient(model, adapter):
     """P^T of the gradients in an oracle's weights."""
     own = parameters(model)
@@ -340,6 +344,17 @@ def refused(model, match, error=ValueError):
     with pytest.raises(error, match=match) as raised:
         yield raised
     assert snapshot(model) == before
+
+
+@contextlib.contextmanager
+def one_process():
+    """torch.distributed with this process alone. Yields a device mesh."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def python(code, *args):
