@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter algebra: theta is an exact coordinate of the weight update, LoRA's factors
-are not.
+"""Adapter algebra: theta is an exact coordinate of the update, LoRA's factors are not.
 
     python -m experiments.algebra --data-dir glue
 
@@ -11,14 +10,17 @@ head. Updates are compared as vectors of all N adapted weights, in float64. One 
 each; the two seeds of a task differ in the order of the data, for LoRA in where A
 starts, too.
 
-    geometry   distances and cosines of four adapters (two tasks, two seeds) from theta alone and
-               from the updates; the same for LoRA, from (B, A) and from B A
+    geometry   distances and cosines of four adapters (two tasks, two seeds) from
+               theta alone and from the updates; the same for LoRA, from (B, A)
+               and from B A
     combine    the mean of two seeds; the sum of two tasks; a task subtracted
-    project    P^T of full fine-tuning (GPart with d = N is that) and of a merged LoRA: how much of
-               the norm stays in d dimensions, and how much of the metric
-    nest       theta of d = 5,760 embedded in d = 23,040, which leaves the update as it is, and
-               trained on for 120 steps there, or where it was
-    gauge      (B, A) -> (cB, A/c): the same update, other factors (the paper's Appendix F)
+    project    P^T of full fine-tuning (GPart with d = N is that) and of a merged
+               LoRA: how much of the norm stays in d dimensions, and how much of
+               the metric
+    nest       theta of d = 5,760 embedded in d = 23,040, which leaves the update as
+               it is, and trained on for 120 steps there, or where it was
+    gauge      (B, A) -> (cB, A/c): the same update, other factors (the paper's
+               Appendix F)
 
 Writes results/algebra.json and results/algebra.md.
 """
@@ -58,17 +60,14 @@ def combine(*terms: tuple[float, Update]) -> Update:
 def compare(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Distance and cosine of two vectors, in float64."""
     a, b = a.double(), b.double()
-    return {
-        "distance": float((a - b).norm()),
-        "cosine": float(a @ b / a.norm() / b.norm()),
-    }
+    cosine = a @ b / a.norm() / b.norm()
+    return {"distance": float((a - b).norm()), "cosine": float(cosine)}
 
 
 def lora_factors(model: Any) -> torch.Tensor:
     """All entries of B and A as one vector."""
-    return torch.cat(
-        [p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n]
-    )
+    named = model.named_parameters()
+    return torch.cat([p.detach().flatten() for n, p in named if "lora_" in n])
 
 
 def lora_update(model: Any) -> Update:
@@ -93,10 +92,9 @@ def embed(
 
     theta_fine[j] / sqrt(n_fine[j]) = theta[j mod d] / sqrt(n[j mod d])
     """
-    per_weight = (theta.double() * coarse.scale(dtype=torch.float64)).repeat(
-        fine.d // coarse.d
-    )
-    return per_weight / fine.scale(dtype=torch.float64)  # [k d]
+    per_weight = theta.double() * coarse.scale(dtype=torch.float64)  # [d]
+    repeated = per_weight.repeat(fine.d // coarse.d)  # [k d]
+    return repeated / fine.scale(dtype=torch.float64)
 
 
 # --- Real adapters ---
@@ -109,17 +107,15 @@ class Study:
     def rate(self, method: str, d: int) -> float:
         """glue_table.py's best; for another d the better of dimension.py's two."""
         if (best := glue.best_rate(method)) is None:
-            raise SystemExit(
-                "the rates are not known yet: run experiments.glue_table first"
-            )
+            hint = "run experiments.glue_table first"
+            raise SystemExit(f"the rates are not known yet: {hint}")
         if d == glue.D:
             return best
         rates = [dict(dimension.points(curve))[d] for curve in ("fixed", "scaled")]
         devs = [glue.dev("stsb", method, rate, d) for rate in rates]
         if None in devs:
-            raise SystemExit(
-                f"d = {d} has no rate yet: run experiments.dimension first"
-            )
+            hint = "run experiments.dimension first"
+            raise SystemExit(f"d = {d} has no rate yet: {hint}")
         return max(zip(devs, rates, strict=True))[1]
 
     def model(self, task: str, method: str, seed: int, d: int = glue.D) -> Any:
@@ -135,30 +131,19 @@ class Study:
     @functools.cache  # noqa: B019  one study for the whole program
     def bench(self, task: str) -> tuple[train_glue.Bench, Any, Any]:
         """What encodes and evaluates, the training rows, the validation rows."""
-        command = [
-            "--task",
-            task,
-            "--data-dir",
-            self.args.data_dir,
-            "--max-length",
-            "64",
-        ]
-        args = train_glue.parser().parse_args(command)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            train_glue.model_path(args.model)
-        )
+        command = ["--task", task, "--data-dir", self.args.data_dir]
+        args = train_glue.parser().parse_args([*command, "--max-length", "64"])
+        path = train_glue.model_path(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         accelerator = accelerate.Accelerator(cpu=True)
         rows, test_rows, _ = train_glue.read_data(args)
         train_rows, _ = train_glue.split(rows, args.split_seed, None)
-        return (
-            train_glue.Bench(args, train_glue.TASKS[task], tokenizer, accelerator),
-            train_rows,
-            test_rows,
-        )
+        spec = train_glue.TASKS[task]
+        bench = train_glue.Bench(args, spec, tokenizer, accelerator)
+        return bench, train_rows, test_rows
 
     def metric(self, task: str, update: Update | None, head: Update) -> float:
-        """The validation metric of the pretrained weights plus update, with that
-        head."""
+        """The validation metric of the pretrained weights plus update, with head."""
         bench, _, test_rows = self.bench(task)
         bench.args.method = "head"
         model = train_glue.build(bench.args, seed=0)
@@ -188,14 +173,12 @@ def geometry(study: Study) -> dict[str, Any]:
         points, updates = {}, {}
         for task, seed in four:
             model = study.model(task, method, seed)
-            points[f"{task} {seed}"] = (
-                model.gpart.theta.detach() if method == "gpart" else lora_factors(model)
-            )
-            updates[f"{task} {seed}"] = vector(
-                detached(model.gpart.delta())
-                if method == "gpart"
-                else lora_update(model)
-            )
+            if method == "gpart":
+                point, update = model.gpart.theta.detach(), model.gpart.delta()
+            else:
+                point, update = lora_factors(model), lora_update(model)
+            points[f"{task} {seed}"] = point
+            updates[f"{task} {seed}"] = vector(detached(update))
         names = [*points]
         result[method] = {
             f"{a} to {b}": {
@@ -236,21 +219,18 @@ def arithmetic(study: Study) -> dict[str, Any]:
 
 def project(study: Study) -> dict[str, Any]:
     full, lora = study.model("stsb", "gpart", 0, glue.N), study.model("stsb", "lora", 0)
+    update_of_full = detached(full.gpart.delta())
     sources = {
-        "full fine-tuning of query and value": (
-            detached(full.gpart.delta()),
-            head_of(full),
-        ),
+        "full fine-tuning of query and value": (update_of_full, head_of(full)),
         "merged LoRA": (lora_update(lora), head_of(lora)),
     }
     result: dict[str, Any] = {}
     for source, (update, head) in sources.items():
+        whole = study.metric("stsb", update, head)
+        nothing = study.metric("stsb", None, head)
         result[source] = {
-            "all of it": {"norm": 1.0, "metric": study.metric("stsb", update, head)}
-        }
-        result[source]["none of it"] = {
-            "norm": 0.0,
-            "metric": study.metric("stsb", None, head),
+            "all of it": {"norm": 1.0, "metric": whole},
+            "none of it": {"norm": 0.0, "metric": nothing},
         }
         for d in SIZES:
             study.settings.d, study.settings.method = d, "gpart"
@@ -316,11 +296,8 @@ def gauge(study: Study) -> dict[str, Any]:
         moved["update"] = compare(update, vector(lora_update(model)))
         result[f"c = {c:g}"] = moved
         regauge(model, 1 / c)
-    result["norms"] = {
-        "factors": float(start.double().norm()),
-        "update": float(update.norm()),
-    }
-    return result
+    norms = {"factors": float(start.double().norm()), "update": float(update.norm())}
+    return {**result, "norms": norms}
 
 
 PARTS: dict[str, Callable[[Study], dict[str, Any]]] = {
@@ -339,55 +316,38 @@ def render(record: runs.Record) -> str:
     lines[-1] += f": {record.ran_on}; one run each."
     for method, what in (("gpart", "theta"), ("lora", "(B, A)")):
         lines += ["", f"## Geometry: {glue.NAMES[method]}", ""]
-        lines += [
-            f"| | distance of {what} | of the updates | cosine of {what} | of the updates |"
-        ]
+        columns = [f"{measure} of {what}" for measure in ("distance", "cosine")]
+        lines += [f"| | {' | of the updates | '.join(columns)} | of the updates |"]
         lines += ["|---|---|---|---|---|"]
         for pair, both in results["geometry"][method].items():
             a, b = both["coordinates"], both["update"]
             cells = [f"{x[key]:.6f}" for key in ("distance", "cosine") for x in (a, b)]
             lines.append(f"| {pair} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "## Combine",
-        "",
-        "| | STS-B (Pearson) | SST-2 (accuracy) |",
-        "|---|---|---|",
-    ]
-    for name, value in results["combine"]["stsb"].items():
-        lines.append(
-            f"| {name} | {value:.3f} | {results['combine']['sst2'][name]:.3f} |"
-        )
+    lines += ["", "## Combine", ""]
+    lines += ["| | STS-B (Pearson) | SST-2 (accuracy) |", "|---|---|---|"]
+    stsb, sst2 = (results["combine"][task] for task in ("stsb", "sst2"))
+    lines += [f"| {name} | {stsb[name]:.3f} | {sst2[name]:.3f} |" for name in stsb]
     lines += ["", "## Project onto d dimensions (STS-B)", ""]
-    lines += [
-        "| of | onto | norm kept | sqrt(d/N) | Pearson |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["| of | onto | norm kept | sqrt(d/N) | Pearson |"]
+    lines += ["|---|---|---|---|---|"]
     for source, rows in results["project"].items():
         for name, row in rows.items():
             chance = f"{row['sqrt(d/N)']:.3f}" if "sqrt(d/N)" in row else ""
-            lines.append(
-                f"| {source} | {name} | {row['norm']:.3f} | {chance} | {row['metric']:.3f} |"
-            )
-    lines += [
-        "",
-        f"## Nest: d = {COARSE:,} in d = {glue.D:,} (STS-B)",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
+            cells = [f"{row['norm']:.3f}", chance, f"{row['metric']:.3f}"]
+            lines.append(f"| {source} | {name} | {' | '.join(cells)} |")
+    lines += ["", f"## Nest: d = {COARSE:,} in d = {glue.D:,} (STS-B)", ""]
+    lines += ["| | |", "|---|---|"]
     lines += [f"| {name} | {value:.3g} |" for name, value in results["nest"].items()]
     lines += ["", "## Gauge: (B, A) -> (cB, A/c)", ""]
-    lines += [
-        "| | factors moved by, of their norm | their cosine | update moved by, of its norm |"
-    ]
+    heads = ("factors moved by, of their norm", "their cosine")
+    lines += [f"| | {' | '.join(heads)} | update moved by, of its norm |"]
     lines += ["|---|---|---|---|"]
     norms = results["gauge"]["norms"]
     for c in ("c = 0.1", "c = 10"):
         row = results["gauge"][c]
         moved = {key: row[key]["distance"] / norms[key] for key in norms}
-        cells = (moved["factors"], row["factors"]["cosine"], moved["update"])
-        lines.append(f"| {c} | {' | '.join(f'{cell:.3g}' for cell in cells)} |")
+        numbers = (moved["factors"], row["factors"]["cosine"], moved["update"])
+        lines.append(f"| {c} | {' | '.join(f'{x:.3g}' for x in numbers)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -407,7 +367,7 @@ def main() -> None:
     for name, part in PARTS.items():
         record.cell(name, lambda: {"found": part(study)})  # noqa: B023  called at once
     text = render(record)
-    (HERE / "results" / "algebra.md").write_text(text)
+    (HERE / "results" / "algebra.md").write_text(text, encoding="utf-8")
     print(text)
 
 
