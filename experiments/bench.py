@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time, memory and file size of GPart beside dense training, LoRA and its
-relatives.
+r"""Step time, memory and file size: GPart, dense training, LoRA and its relatives.
 
     python -m experiments.bench                     # 17 minutes on two CPU cores
-    python -m experiments.bench --model qwen2.5-0.5b --batch 2 --length 2048 --dtype bf16   # CUDA
+    python -m experiments.bench --device cuda --model qwen2.5-0.5b --batch 2 \
+        --length 2048 --dtype bf16
 
 A step is forward, backward, AdamW and zero_grad on fixed random tokens, of a model with
 random weights, without dropout. The sides are
 
-    dense      the target weights trained as ordinary parameters: the same matrix products (floor)
+    dense      the target weights trained as ordinary parameters: the same matrix
+               products (floor)
     gpart      one theta of d numbers, fused path
     plain      the same, fused=False: autograd through W + P theta
     unilora    peft's Uni-LoRA, rank 4, the same d
     lora       peft's LoRA, rank 8
     vera       peft's VeRA, rank 1024
     fourierft  peft's FourierFT, 1,000 frequencies a matrix
-    shira      peft's SHiRA, WaveFT and C3A, as near to the same d as their rules allow
-    waveft
-    c3a
+    shira      peft's SHiRA, as near to the same d as its rules allow
+    waveft     peft's WaveFT, likewise
+    c3a        peft's C3A, likewise
     full       every parameter trained
 
 All sides alternate in one process, in a new random order each round, and a ratio is
@@ -61,21 +62,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "roberta-base": {**ENCODER, "hidden_size": 768, "num_hidden_layers": 12},
     "roberta-large": {**ENCODER, "hidden_size": 1024, "num_hidden_layers": 24},
     "qwen2.5-0.5b": {**DECODER, "hidden_size": 896, "num_hidden_layers": 24},
-    "tiny": {
-        **ENCODER,
-        "d": 100,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-    },  # for the tests
+    # for the tests
+    "tiny": {**ENCODER, "d": 100, "hidden_size": 32, "num_hidden_layers": 2},
 }
 CASES = {  # model, batch, length, dtype
     "cpu": [("roberta-base", 8, 128, "fp32")],
     "cuda": [
-        *[
-            ("roberta-base", 32, n, dtype)
-            for n in (128, 512)
-            for dtype in ("bf16", "fp32")
-        ],
+        ("roberta-base", 32, 128, "bf16"),
+        ("roberta-base", 32, 128, "fp32"),
+        ("roberta-base", 32, 512, "bf16"),
+        ("roberta-base", 32, 512, "fp32"),
         ("roberta-large", 32, 128, "bf16"),
         ("qwen2.5-0.5b", 2, 2048, "bf16"),
     ],
@@ -88,13 +84,13 @@ def base_model(name: str) -> nn.Module:
     h = shape["hidden_size"]
     torch.manual_seed(0)
     if name.startswith("qwen"):
-        heads = {
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        }
         qwen = transformers.Qwen2Config(
-            **shape, **heads, intermediate_size=4864, use_cache=False
+            **shape,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            intermediate_size=4864,
+            use_cache=False,
         )
         return transformers.Qwen2ForCausalLM(qwen)
     config = transformers.RobertaConfig(
@@ -111,15 +107,13 @@ def base_model(name: str) -> nn.Module:
 
 
 def build(side: str, name: str, device: str) -> nn.Module:
-    """The model with one method's trainable parameters; the rest, the head too, is
-    frozen."""
+    """The model with what one method trains; the rest, the head too, is frozen."""
     model = base_model(name)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
     if side == "dense":
+        ends = tuple(f".{target}.weight" for target in targets)
         for key, w in model.named_parameters():
-            w.requires_grad_(
-                any(key.endswith(f".{target}.weight") for target in targets)
-            )
+            w.requires_grad_(key.endswith(ends))
     elif side in ("gpart", "plain"):
         gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
     elif side != "full":
@@ -135,9 +129,8 @@ def adapter_bytes(side: str, model: nn.Module) -> int:
         elif isinstance(model, peft.PeftModel):
             model.save_pretrained(folder)
         else:
-            trained = {
-                n: w.detach() for n, w in model.named_parameters() if w.requires_grad
-            }
+            named = model.named_parameters()
+            trained = {name: w.detach() for name, w in named if w.requires_grad}
             safetensors.torch.save_file(trained, f"{folder}/model.safetensors")
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
@@ -172,16 +165,17 @@ class Side:
 
 
 def measure_memory(side: str, *case: Any) -> None:
-    """In a process of its own: print peak memory, GFLOP a step, trainable numbers, file
-    size."""
+    """Print peak memory, GFLOP a step, trainable numbers and file size.
+
+    To be called in a process of its own.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     one = Side(side, *case)
     for _ in range(3):
         one.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    peak_bytes = (
-        torch.cuda.max_memory_allocated() if case[-1] == "cuda" else peak * 1024
-    )
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
+    cuda = case[-1] == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated() if cuda else grown * 1024
     with FlopCounterMode(display=False) as counter:
         one.step()
     result = {"peak_MB": peak_bytes / 1e6, "GFLOP": counter.get_total_flops() / 1e9}
@@ -198,13 +192,11 @@ def spread(values: list[float]) -> list[float]:
 def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for side in SIDES:
-        call = f"import experiments.bench as b; b.measure_memory(*{(side, *case, device)!r})"
-        child = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", call],
-            cwd=HERE.parent,
-            check=True,
-            stdout=subprocess.PIPE,
-        )
+        arguments = (side, *case, device)
+        code = f"import experiments.bench as b; b.measure_memory(*{arguments!r})"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        pipe = subprocess.PIPE
+        child = subprocess.run(command, cwd=HERE.parent, check=True, stdout=pipe)
         rows[side] = json.loads(child.stdout)
     sides = {side: Side(side, *case, device) for side in SIDES}
     times: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -219,29 +211,20 @@ def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, 
     for side, row in rows.items():
         row["seconds"] = spread(times[side])
         for key, floor in (("to_dense", "dense"), ("to_unilora", "unilora")):
-            row[key] = spread(
-                [a / b for a, b in zip(times[side], times[floor], strict=True)]
-            )
+            pairs = zip(times[side], times[floor], strict=True)
+            row[key] = spread([a / b for a, b in pairs])
     sides.clear()
     if device == "cuda":
         torch.cuda.empty_cache()  # the next case's children share the GPU
-    model, batch, length, dtype = case
-    return {
-        "model": model,
-        "batch": batch,
-        "length": length,
-        "dtype": dtype,
-        "rows": rows,
-    }
+    keys = ("model", "batch", "length", "dtype")
+    return {**dict(zip(keys, case, strict=True)), "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [
-        "{model}, {batch} x {length}, {dtype}".format(**result),
-        "",
-        "| side | step / dense | step / unilora | GFLOP | peak, MB | trained | file, bytes |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["{model}, {batch} x {length}, {dtype}".format(**result), ""]
+    heads = ("step / dense", "step / unilora", "GFLOP", "peak, MB", "trained")
+    lines.append(f"| side | {' | '.join(heads)} | file, bytes |")
+    lines.append("|---|---|---|---|---|---|---|")
     for side, row in result["rows"].items():
         ratios = (row["to_dense"], row["to_unilora"])
         a, b = (f"{mid:.3f} ({low:.3f}-{high:.3f})" for low, mid, high in ratios)
@@ -252,32 +235,22 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--device",
-        choices=CASES,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    parser.add_argument(
-        "--model", choices=MODELS, help="one case instead of the device's own"
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=CASES, default=best)
+    one_case = "one case instead of the device's own"
+    parser.add_argument("--model", choices=MODELS, help=one_case)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--output", type=Path, help="results/bench-<device>.json if no --model"
-    )
+    default = "results/bench-<device>.json if no --model"
+    parser.add_argument("--output", type=Path, help=default)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
     one = (args.model, args.batch, args.length, args.dtype)
-    name = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"CPU {platform.machine()}"
-    )
-    threads = f"{torch.get_num_threads()} threads" if args.device == "cpu" else ""
+    cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {
-        "device": f"{name}, {threads}".rstrip(", "),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
         **{m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "python": platform.python_version(),
         "command": "python -m experiments.bench " + " ".join(sys.argv[1:]),
@@ -290,7 +263,7 @@ def main() -> None:
         result["cases"].append(run(case, args.device, args.rounds))
         print(table(result["cases"][-1]), end="\n\n")
         if keep:
-            path.write_text(json.dumps(result, indent=2) + "\n")
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

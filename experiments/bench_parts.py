@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a fused step's time goes, and what else was tried: the figures in
-results/bench-notes.md.
+"""Where a fused step's time goes, and what else was tried.
 
     python -m experiments.bench_parts               # one minute on two CPU cores
 
+prints the figures in results/bench-notes.md:
+
 1. torch.profiler over three steps of three sides of the bench: milliseconds by
-operator. 2. One adapted 768 x 768 Linear on 8 x 128 tokens, forward and backward, with
-other ways to write
-   FusedLinear. All alternate in random order; median and lower decile.
+   operator.
+2. One adapted 768 x 768 Linear on 8 x 128 tokens, forward and backward, with other ways
+   to write FusedLinear. All alternate in random order; median and lower decile.
 3. The gather and the scatter alone, with other operators, on that layer's 589,824 ids,
    and what the bias costs.
 """
@@ -102,10 +103,9 @@ def variant(backward: str) -> Any:
             out = moved if backward == "reuse" else None
             grad_w = torch.mm(rows.T, x.reshape(-1, w.shape[1]), out=out)
             if backward == "scatter":
-                zeros = torch.zeros_like(parts[2])
-                grad_theta = (
-                    zeros.scatter_add_(0, parts[1], grad_w.flatten()) * parts[2]
-                )
+                _, ids, scale = parts
+                zeros = torch.zeros_like(scale)
+                grad_theta = zeros.scatter_add_(0, ids, grad_w.flatten()) * scale
             else:
                 grad_theta = gpart.reduce(grad_w.flatten(), *parts[1:])
             return grad_x, None, None, grad_theta, None, None
@@ -124,13 +124,10 @@ def layer(device: str, batch: int, length: int) -> Actions:
     grad_y = torch.randn(batch, length, 768, device=device)
     dense = nn.Parameter(w.clone())
     adamw = torch.optim.AdamW([dense], lr=1e-6)
-    a_ids, b_ids = (
-        torch.randint(P.d, shape, device=device) for shape in ((4, 768), (768, 4))
-    )
-    a_scale, b_scale = (
-        torch.rand(4, 768, device=device),
-        torch.rand(768, 4, device=device),
-    )
+    a_ids = torch.randint(P.d, (4, 768), device=device)
+    b_ids = torch.randint(P.d, (768, 4), device=device)
+    a_scale = torch.rand(4, 768, device=device)
+    b_scale = torch.rand(768, 4, device=device)
 
     def run(y: Tensor) -> None:
         y.backward(grad_y)
@@ -164,12 +161,9 @@ def single(device: str, batch: int, length: int) -> Actions:
     """Gather and scatter alone, and what a bias costs."""
     P = gpart.Partition(768 * 768, 23040)
     ids, theta = P.groups(device=device), torch.randn(P.d, device=device)
-    long, w, zeros = (
-        ids.long(),
-        torch.randn(P.N, device=device),
-        torch.zeros_like(theta),
-    )
-    x, square = torch.randn(batch, length, 768, device=device), w.view(768, 768)
+    w, zeros = torch.randn(P.N, device=device), torch.zeros_like(theta)
+    long, square = ids.long(), w.view(768, 768)
+    x = torch.randn(batch, length, 768, device=device)
     return {
         "linear with a bias": lambda: F.linear(x, square, w[:768]),
         "linear without": lambda: F.linear(x, square),
@@ -191,17 +185,15 @@ def single(device: str, batch: int, length: int) -> Actions:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads\n"
-    )
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {args.device}, {threads} threads\n")
     operators(args.device, args.batch, args.length, args.dtype)
     print()
     alternate(layer(args.device, args.batch, args.length), args.device, args.rounds)

@@ -31,15 +31,15 @@ def read(name: str) -> dict[str, Any]:
     path = HERE / "results" / f"{name}.json"
     if not path.exists():
         raise SystemExit(f"{path} is not there: run experiments.{SCRIPTS[name]} first")
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
 def loss(cell: dict[str, Any]) -> float:
     """Of an answer's token; nan if the run diverged."""
-    return (
-        float(next(iter(cell["test"].values()))["loss"]) if cell["test"] else math.nan
-    )
+    if not cell["test"]:
+        return math.nan
+    return float(next(iter(cell["test"].values()))["loss"])
 
 
 def accuracy(cell: dict[str, Any]) -> float:
@@ -59,7 +59,8 @@ def chosen(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
 
 
 def row(name: str, values: dict[str, str], command: str = "") -> str:
-    return f"| {name} | {' | '.join(values.get(method, '') for method in METHODS)} | {command} |"
+    columns = " | ".join(values.get(method, "") for method in METHODS)
+    return f"| {name} | {columns} | {command} |"
 
 
 def language(content: dict[str, Any]) -> list[str]:
@@ -68,10 +69,9 @@ def language(content: dict[str, Any]) -> list[str]:
     for method in METHODS:
         if cells := chosen(content, method):
             texts[method] = spread([loss(cell) for cell in cells], 4)
-    name = f"SmolLM2-135M on GSM8K, {steps} steps, {d:,} trained: loss of an answer's token"
-    return [
-        row(name, texts, "`python -m experiments.train_math --train … --test … --bf16`")
-    ]
+    name = f"SmolLM2-135M on GSM8K, {steps} steps, {d:,} trained"
+    command = "`python -m experiments.train_math --train … --test … --bf16`"
+    return [row(f"{name}: loss of an answer's token", texts, command)]
 
 
 def vision(content: dict[str, Any]) -> list[str]:
@@ -81,8 +81,9 @@ def vision(content: dict[str, Any]) -> list[str]:
         if (cells := chosen(content, method))
     }
     texts["head"] += ", head alone"
-    name = f"a small ViT on turned digits, {content['settings']['d']:,} trained: accuracy in percent"
-    return [row(name, texts, "`python -m experiments.train_vision`")]
+    name = f"a small ViT on turned digits, {content['settings']['d']:,} trained"
+    command = "`python -m experiments.train_vision`"
+    return [row(f"{name}: accuracy in percent", texts, command)]
 
 
 def algebra(content: dict[str, Any]) -> list[str]:
@@ -92,56 +93,35 @@ def algebra(content: dict[str, Any]) -> list[str]:
         pairs = found["geometry"][method].values()
         both = [p["coordinates"]["distance"] / p["update"]["distance"] for p in pairs]
         ratios[method] = f"{min(both):.3f} to {max(both):.3f}"
+    name = "distance of two adapters: of what is trained / of the updates"
+    lines = [row(name, ratios, ALGEBRA)]
     gauge = found["gauge"]
     moved = gauge["c = 10"]["factors"]["distance"] / gauge["norms"]["factors"]
-    lines = [
-        row(
-            "distance of two adapters: of what is trained / of the updates",
-            ratios,
-            ALGEBRA,
-        ),
-        row(
-            "(B, A) to (10 B, A/10), the same update: distance, in norms of (B, A)",
-            {"lora": f"{moved:.1f}"},
-        ),
-    ]
+    name = "(B, A) to (10 B, A/10), the same update: distance, in norms of (B, A)"
+    lines.append(row(name, {"lora": f"{moved:.1f}"}))
     for task, metric in (("stsb", "STS-B, Pearson"), ("sst2", "SST-2, accuracy")):
         one = found["combine"][task]
         alone = f"{one['head of seed 0 alone']:.3f}, head alone"
         for what, name in COMBINED.items():
-            texts = {
-                "gpart": f"{one[what]:.3f}",
-                "head": alone if what == "seed 0" else "",
-            }
+            head = alone if what == "seed 0" else ""
+            texts = {"gpart": f"{one[what]:.3f}", "head": head}
             lines.append(row(f"{metric}: {name}", texts))
     for source, rows in found["project"].items():
         near, whole = rows[f"d = {content['settings']['d']:,}"], rows["all of it"]
-        texts = {
-            "gpart": f"{near['metric']:.3f}",
-            "head": f"{whole['metric']:.3f}, not projected",
-        }
+        head = f"{whole['metric']:.3f}, not projected"
         share = f"{100 * near['norm']:.0f} % of its norm"
-        lines.append(row(f"STS-B: {source}, projected ({share})", texts))
+        name = f"STS-B: {source}, projected ({share})"
+        lines.append(row(name, {"gpart": f"{near['metric']:.3f}", "head": head}))
     nested = found["nest"]
     d, coarse, steps = (content["settings"][key] for key in ("d", "coarse", "steps"))
-    stayed, went_on = (
-        nested[f"{steps} steps more at d = {size:,}"] for size in (coarse, d)
-    )
-    lines.append(
-        row(
-            f"STS-B: d = {coarse:,} embedded in {d:,}",
-            {
-                "gpart": f"{nested['embedded']:.3f}",
-                "head": f"{nested['before']:.3f}, before",
-            },
-        )
-    )
-    lines.append(
-        row(
-            f"{steps} steps more there",
-            {"gpart": f"{went_on:.3f}", "head": f"{stayed:.3f}, not embedded"},
-        )
-    )
+    head = f"{nested['before']:.3f}, before"
+    name = f"STS-B: d = {coarse:,} embedded in {d:,}"
+    lines.append(row(name, {"gpart": f"{nested['embedded']:.3f}", "head": head}))
+    went_on = nested[f"{steps} steps more at d = {d:,}"]
+    stayed = nested[f"{steps} steps more at d = {coarse:,}"]
+    head = f"{stayed:.3f}, not embedded"
+    name = f"{steps} steps more there"
+    lines.append(row(name, {"gpart": f"{went_on:.3f}", "head": head}))
     return lines
 
 
@@ -172,10 +152,9 @@ def table() -> str:
 
 
 def main() -> None:
-    text = (
-        f"# Beyond GLUE\n\n`python -m experiments.beyond`\n\n{table()}\n\n{margins()}\n"
-    )
-    (HERE / "results" / "beyond.md").write_text(text)
+    parts = ("# Beyond GLUE", "`python -m experiments.beyond`", table(), margins())
+    text = "\n\n".join(parts) + "\n"
+    (HERE / "results" / "beyond.md").write_text(text, encoding="utf-8")
     print(text)
 
 
