@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The partition at scale: seconds and memory against N, and an 8B model by its shapes.
 
-    python -m experiments.scale            # six minutes on one CPU core, 12 GB of memory
+    python -m experiments.scale         # six minutes on one CPU core, 12 GB of memory
 
 1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N),
    which would be the ordinary way to a partition; each in a process of its own. Peak is
@@ -32,8 +32,8 @@ what, N = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 
 def peak():  # GB
-    status = open("/proc/self/status").read()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return int(status.read().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 def timed(f, *args):
     start = time.perf_counter()
@@ -53,14 +53,18 @@ elif what == "llama":  # q, k, v, o of each layer; grouped-query attention
     theta, scale, start = torch.randn(P.d), P.scale(), 0
     result = {"N": P.N, "ids": 0.0, "merge": 0.0}
     for shape in shapes:
-        w = torch.zeros(shape, dtype=torch.bfloat16)  # as read from one shard of a checkpoint
+        # as read from one shard of a checkpoint
+        w = torch.zeros(shape, dtype=torch.bfloat16)
         seconds, ids = timed(P.groups, start, start + w.numel())
         result["ids"] += seconds
         result["merge"] += timed(gpart.add_update, w, theta, ids, scale)[0]
         start += w.numel()
 else:  # width of an encoder with N layers
-    model = nn.ModuleList(nn.ModuleDict({key: nn.Linear(int(what), int(what))
-                                         for key in ("query", "value")}) for _ in range(N))
+    def layer():
+        shape = int(what), int(what)
+        return nn.ModuleDict({key: nn.Linear(*shape) for key in ("query", "value")})
+
+    model = nn.ModuleList(layer() for _ in range(N))
     other = copy.deepcopy(model)
     result["attach"], g = timed(gpart.attach, model, 23040)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,10 +92,8 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for axis, key, label in (
-        (axes[0], "seconds", "seconds"),
-        (axes[1], "peak_GB", "peak, GB"),
-    ):
+    labels = {"seconds": "seconds", "peak_GB": "peak, GB"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for name, style in (("groups", "o-"), ("randperm", "s--")):
             values = [row[f"{name}_{key}"] for row in rows]
             axis.loglog([row["N"] for row in rows], values, style, label=name)
@@ -118,7 +120,8 @@ def main() -> None:
         "device": f"CPU {platform.machine()}, 1 thread",
         "minutes": (time.monotonic() - began) / 60,
     }
-    (HERE / "results" / "scale.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2) + "\n"
+    (HERE / "results" / "scale.json").write_text(text, encoding="utf-8")
     plot(rows, HERE / "figures" / "scale.png")
 
 

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step sends and what a device holds: formulas, confirmed where they
-can be run.
+"""What a training step sends and what a device holds: formulas, and their check.
 
-    python -m experiments.scaling                   # half a minute; results/scaling.{json,md}
+    python -m experiments.scaling       # half a minute; results/scaling.{json,md}
 
 With A parameters in the model, A_root of them outside its layers, N adapted weights and
 T trained numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tuning: A),
 in bytes:
 
-    DDP reduce     4 T                                  gradients, all-reduced
-    FSDP gather    4 (A - A_root) + 2 A_root            bf16; a layer in both passes, the root once
-    FSDP reduce    2 T, GPart 4 d                       bf16; theta is no shard and stays float32
-    state, full    4 A + 12 A                           12: gradient and Adam's moments in float32
-      LoRA         b A + 4 T + 12 T                     its factors in float32
-      GPart        b A + 4 d + 12 d + 4 (N + d)         theta, and group ids and scale
-    DDP buckets    4 T                                  on top of the state
+    DDP reduce   4 T                           gradients, all-reduced
+    FSDP gather  4 (A - A_root) + 2 A_root     bf16; a layer in both passes, the root
+                                               once
+    FSDP reduce  2 T, GPart 4 d                bf16; theta is no shard, stays float32
+    state, full  4 A + 12 A                    12: gradient, Adam's moments in float32
+      LoRA       b A + 4 T + 12 T              its factors in float32
+      GPart      b A + 4 d + 12 d + 4 (N + d)  theta, and group ids and scale
+    DDP buckets  4 T                           on top of the state
 
 where a frozen weight has b = 4 bytes, or 2 in bf16. FSDP divides by its W devices what
-it shards: not theta, not the ids. Of what is gathered or scattered a device sends (W -
-1) / W, of what is all-reduced twice that. Activations come on top, and full fine-tuning
-keeps more of them.
+it shards: not theta, not the ids. Of what is gathered or scattered a device sends
+(W - 1) / W, of what is all-reduced twice that. Activations come on top, and full
+fine-tuning keeps more of them.
 
 RoBERTa-base confirms: DDP and FSDP2 run one step with torch's fake process group of 8,
 and every collective call is counted; the state, of one device in float32, is the sum of
@@ -48,17 +48,9 @@ from experiments.bench import MODELS, build
 HERE = Path(__file__).resolve().parent
 WORLD, RANK = 8, 8  # devices of FSDP; LoRA's r
 SIDES = ("gpart", "lora", "full")
-LLAMA = {
-    "Llama 3 8B": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-    },
-    "Llama 3 70B": {
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "intermediate_size": 28672,
-    },
+LLAMA = {  # width, layers, width inside the MLP
+    "Llama 3 8B": (4096, 32, 14336),
+    "Llama 3 70B": (8192, 80, 28672),
 }
 
 
@@ -68,15 +60,9 @@ def sizes(model: nn.Module, targets: list[str], d: int) -> dict[str, int]:
     root = sum(n for name, n in numel.items() if ".layer" not in name)
     g = gpart.attach(model, d, target_modules=targets)
     lora = sum(RANK * sum(shape) for _, shape in g.manifest)
-    result = {
-        "A": sum(numel.values()),
-        "A_root": root,
-        "N": g.partition.N,
-        "d": d,
-        "lora": lora,
-    }
+    N = g.partition.N
     gpart.detach(model)
-    return result
+    return {"A": sum(numel.values()), "A_root": root, "N": N, "d": d, "lora": lora}
 
 
 def trained(side: str, s: dict[str, int]) -> int:
@@ -87,27 +73,23 @@ def formulas(
     side: str, s: dict[str, int], frozen: int, world: int = 1
 ) -> dict[str, float]:
     """The docstring's bytes."""
-    T = trained(side, s)
-    gathered = s["A"] + (s["lora"] if side == "lora" else 0)
+    A, N, d, T = s["A"], s["N"], s["d"], trained(side, s)
+    gathered = A + (s["lora"] if side == "lora" else 0)
     state = {
-        "gpart": frozen * s["A"] / world
-        + 12 * s["d"]
-        + 4 * s["d"]
-        + 4 * (s["N"] + s["d"]),
-        "lora": (frozen * s["A"] + 12 * T + 4 * T) / world,
-        "full": (4 * s["A"] + 12 * s["A"]) / world,
-    }[side]
+        "gpart": frozen * A / world + 4 * d + 12 * d + 4 * (N + d),
+        "lora": (frozen * A + 4 * T + 12 * T) / world,
+        "full": (4 * A + 12 * A) / world,
+    }
     return {
         "ddp_reduce": 4 * T,
         "fsdp_gather": 4 * (gathered - s["A_root"]) + 2 * s["A_root"],
         "fsdp_reduce": (4 if side == "gpart" else 2) * T,
-        "state": state,
+        "state": state[side],
     }
 
 
 def sent(side: str, row: dict[str, float]) -> dict[str, float]:
-    """By each device: (W - 1) / W of what is gathered or scattered, twice that of an
-    all-reduce."""
+    """By each device: (W - 1) / W of a gather or scatter, twice for an all-reduce."""
     share = (WORLD - 1) / WORLD
     return {
         "ddp_sent": 2 * share * row["ddp_reduce"],
@@ -117,8 +99,7 @@ def sent(side: str, row: dict[str, float]) -> dict[str, float]:
 
 
 class Wire(TorchDispatchMode):
-    """Counts the bytes of each collective call: of the whole that is gathered or
-    reduced."""
+    """Counts the bytes of each collective call: of all that is gathered or reduced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,9 +127,8 @@ def measured(side: str, name: str) -> dict[str, float]:
     """The same bytes, counted."""
     before = alive()
     model = build(side, name, "cpu")
-    optimizer = torch.optim.AdamW(
-        [w for w in model.parameters() if w.requires_grad], lr=1e-6
-    )
+    trainable = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-6)
     step(model, optimizer)
     state = alive() - before
     result: dict[str, float] = {"state": state}
@@ -170,10 +150,9 @@ def measured(side: str, name: str) -> dict[str, float]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     ignored = set()
     if side == "gpart":
-        ignored = {theta := model.gpart.theta}
-        theta.register_post_accumulate_grad_hook(
-            lambda theta: dist.all_reduce(theta.grad)
-        )
+        theta = model.gpart.theta
+        ignored.add(theta)
+        theta.register_post_accumulate_grad_hook(lambda w: dist.all_reduce(w.grad))
     for path, module in model.named_modules():
         if path.split(".")[-2:-1] == ["layer"]:
             fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
@@ -188,22 +167,15 @@ def alive() -> int:
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    return sum(
-        {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in tensors
-        }.values()
-    )
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
 def check(counted: dict[str, float], formula: dict[str, float]) -> None:
-    """Each figure within 0.1 %: FSDP pads, and a few small buffers are in no
-    formula."""
+    """Each figure within 0.1 %: FSDP pads, a few small buffers are in no formula."""
     for key, value in formula.items():
         if abs(counted[key] / value - 1) > 1e-3:
-            raise ValueError(
-                f"{key}: counted {counted[key]:,}, the formula says {value:,}"
-            )
+            raise ValueError(f"{key}: counted {counted[key]:,}, formula says {value:,}")
 
 
 def table(models: dict[str, Any]) -> str:
@@ -215,21 +187,15 @@ def table(models: dict[str, Any]) -> str:
     ]
     for name, model in models.items():
         for side, row in model["rows"].items():
-            keys = (
-                "ddp_sent",
-                "state_ddp",
-                "fsdp_gather_sent",
-                "fsdp_reduce_sent",
-                "state",
-            )
-            cells = [
-                f"{row[k] / 1e9:,.1f} GB" if row[k] > 1e9 else f"{row[k] / 1e6:,.1f} MB"
-                for k in keys
-            ]
-            lines.append(
-                f"| {name} | {side} | {row['trained']:,} | {' | '.join(cells)} |"
-            )
+            cells = [name, side, f"{row['trained']:,}"]
+            cells += [size(row[key]) for key in ("ddp_sent", "state_ddp")]
+            cells += [size(row[f"fsdp_{key}_sent"]) for key in ("gather", "reduce")]
+            lines.append(f"| {' | '.join(cells)} | {size(row['state'])} |")
     return "\n".join(lines)
+
+
+def size(n: float) -> str:
+    return f"{n / 1e9:,.1f} GB" if n > 1e9 else f"{n / 1e6:,.1f} MB"
 
 
 def report(confirmed: dict[str, Any], models: dict[str, Any]) -> str:
@@ -239,13 +205,13 @@ def report(confirmed: dict[str, Any], models: dict[str, Any]) -> str:
     ]
     for side, row in confirmed.items():
         for key, value in row["formula"].items():
-            off = f"{100 * (row['counted'][key] / value - 1):.3f} %"
-            lines.append(
-                f"| {side} | {key} | {value:,.0f} | {row['counted'][key]:,} | {off} |"
-            )
+            counted = row["counted"][key]
+            off = f"{100 * (counted / value - 1):.3f} %"
+            lines.append(f"| {side} | {key} | {value:,.0f} | {counted:,} | {off} |")
+    ran_on = f"torch {torch.__version__}, CPU, a fake process group of {WORLD}"
     return f"""# What a training step sends and what a device holds
 
-`python -m experiments.scaling`, torch {torch.__version__}, CPU, a fake process group of {WORLD}.
+`python -m experiments.scaling`, {ran_on}.
 
 ```text
 {formula_text()}
@@ -271,18 +237,17 @@ def main() -> None:
     small = sizes(build("full", "roberta-base", "cpu"), ["query", "value"], 23040)
     confirmed = {}
     for side in SIDES:
-        row = {
-            "formula": formulas(side, small, 4),
-            "counted": measured(side, "roberta-base"),
-        }
-        check(row["counted"], row["formula"])
-        confirmed[side] = row
-        print(side, row)
+        formula, counted = formulas(side, small, 4), measured(side, "roberta-base")
+        check(counted, formula)
+        confirmed[side] = {"formula": formula, "counted": counted}
+        print(side, confirmed[side])
     models: dict[str, Any] = {}
-    for name, shape in LLAMA.items():
+    for name, (width, layers, inside) in LLAMA.items():
         config = transformers.LlamaConfig(
-            **shape,
-            num_attention_heads=shape["hidden_size"] // 128,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            intermediate_size=inside,
+            num_attention_heads=width // 128,
             num_key_value_heads=8,
             vocab_size=128256,
         )
@@ -291,13 +256,12 @@ def main() -> None:
         s = sizes(model, MODELS["qwen2.5-0.5b"]["target_modules"], 524288)
         rows = {}
         for side in SIDES:
-            rows[side] = {"trained": trained(side, s), **formulas(side, s, 2, WORLD)}
-            rows[side]["state_ddp"] = (
-                formulas(side, s, 2)["state"] + rows[side]["ddp_reduce"]
-            )
-            rows[side] |= sent(side, rows[side])
+            row = {"trained": trained(side, s), **formulas(side, s, 2, WORLD)}
+            row["state_ddp"] = formulas(side, s, 2)["state"] + row["ddp_reduce"]
+            rows[side] = row | sent(side, row)
         models[name] = {**s, "rows": rows}
-    (HERE / "results" / "scaling.md").write_text(text := report(confirmed, models))
+    text = report(confirmed, models)
+    (HERE / "results" / "scaling.md").write_text(text, encoding="utf-8")
     print(text)
     result = {
         "confirmed": {"RoBERTa-base": {**small, "rows": confirmed}},
@@ -305,7 +269,8 @@ def main() -> None:
         **{m.__name__: m.__version__ for m in (torch, transformers)},
         "device": f"CPU {platform.machine()}, fake process group of {WORLD}",
     }
-    (HERE / "results" / "scaling.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2) + "\n"
+    (HERE / "results" / "scaling.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving many adapters from one loaded model: seconds for a swap, bytes for a
-thousand.
+"""Serving many adapters from one model: seconds for a swap, bytes for a thousand.
 
-    python -m experiments.serving                   # two minutes; writes results/serving.json
+    python -m experiments.serving       # two minutes; writes results/serving.json
 
 RoBERTa-base with random weights, query and value; GPart with d = 23,040 beside PEFT's
 LoRA of rank 8. All sides alternate in one process; the figures are medians. A swap goes
@@ -10,7 +9,8 @@ to an adapter that is
 
     file     on disk: read, checked, in place of the one before
     memory   kept in memory already: theta copied, or PEFT's set_adapter
-    merged   kept in memory, while the model serves with merged weights: unmerge, swap, merge
+    merged   kept in memory, while the model serves with merged weights: unmerge,
+             swap, merge
 
 and the forward passes of one sequence of 1, 16 and 128 tokens are what a request pays
 then: an attached GPart rebuilds W + P theta whatever the number of tokens.
@@ -40,9 +40,8 @@ ROUNDS, LENGTHS = 25, (1, 16, 128)
 def main() -> None:
     g, lora = (build(side, "roberta-base", "cpu").eval() for side in ("gpart", "lora"))
     plain = build("full", "roberta-base", "cpu").eval()
-    tokens = torch.randint(
-        5, 100, (1, max(LENGTHS)), generator=torch.Generator().manual_seed(0)
-    )
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 100, (1, max(LENGTHS)), generator=draw)
     with tempfile.TemporaryDirectory() as folder:
         gpart.save(g, file := f"{folder}/gpart.safetensors")
         lora.save_pretrained(f"{folder}/lora")
@@ -51,10 +50,9 @@ def main() -> None:
             "gpart": Path(file).stat().st_size,
             "lora": Path(f"{folder}/lora/adapter_model.safetensors").stat().st_size,
         }
-        merged_g, merged_lora = (
-            build(side, "roberta-base", "cpu") for side in ("gpart", "lora")
-        )
+        merged_g = build("gpart", "roberta-base", "cpu")
         gpart.merge(merged_g.eval())
+        merged_lora = build("lora", "roberta-base", "cpu")
         merged_lora.load_adapter(f"{folder}/lora", "other")
         merged_lora.eval().merge_adapter(["default"])
         theta, names = torch.randn(g.gpart.theta.shape), ["default", "other"]
@@ -104,17 +102,14 @@ def main() -> None:
     ratios = {}
     for name in models:
         for n in LENGTHS:
-            pairs = zip(
-                times[f"forward {name}, {n}"], times[f"forward plain, {n}"], strict=True
-            )
+            own, bare = (times[f"forward {which}, {n}"] for which in (name, "plain"))
+            pairs = zip(own, bare, strict=True)
             ratios[f"{name}, {n}"] = statistics.median(a / b for a, b in pairs)
     print("| | from file, ms | from memory, ms | merged, ms | 1,000 files, MB |")
     print("|---|---|---|---|---|")
     for side, size in sizes.items():
-        row = [
-            f"{medians[f'{what} {side}'] * 1e3:.3g}"
-            for what in ("file", "memory", "merged")
-        ]
+        swaps = [medians[f"{what} {side}"] for what in ("file", "memory", "merged")]
+        row = [f"{seconds * 1e3:.3g}" for seconds in swaps]
         print(f"| {side} | {' | '.join(row)} | {size / 1e3:,.0f} |")
     print(f"\n| forward / plain | {' | '.join(f'{n} tokens' for n in LENGTHS)} |")
     print("|---" * (1 + len(LENGTHS)) + "|")
@@ -129,7 +124,8 @@ def main() -> None:
         **{m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "device": f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
     }
-    (HERE / "results" / "serving.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = json.dumps(result, indent=2) + "\n"
+    (HERE / "results" / "serving.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
