@@ -42,7 +42,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpart
 from experiments.bench import MODELS, build
 
 HERE = Path(__file__).resolve().parent
@@ -58,10 +57,10 @@ def sizes(model: nn.Module, targets: list[str], d: int) -> dict[str, int]:
     """A, A_root, N, d and LoRA's T of a model, which may be on the meta device."""
     numel = {name: w.numel() for name, w in model.named_parameters()}
     root = sum(n for name, n in numel.items() if ".layer" not in name)
-    g = gpart.attach(model, d, target_modules=targets)
-    lora = sum(RANK * sum(shape) for _, shape in g.manifest)
-    N = g.partition.N
-    gpart.detach(model)
+    ends = tuple(f".{target}.weight" for target in targets)
+    adapted = [w for name, w in model.named_parameters() if name.endswith(ends)]
+    N = sum(w.numel() for w in adapted)
+    lora = sum(RANK * sum(w.shape) for w in adapted)
     return {"A": sum(numel.values()), "A_root": root, "N": N, "d": d, "lora": lora}
 
 
