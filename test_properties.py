@@ -34,7 +34,7 @@ BUSY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile(
     "ci", **BUSY, derandomize=True, database=None, max_examples=50
 )
-settings.register_profile("dev", **BUSY, max_examples=2000)
+settings.register_profile("dev", **BUSY, max_examples=500)
 settings.register_profile(  # for mutation tests: a mutant need only fail, not shrink
     "quick",
     settings.get_profile("ci"),
