@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss around a trained solution (Figure 4, right): a picture, and numbers it
-cannot fake.
+"""The loss around a trained solution (Figure 4, right), as a picture and in numbers.
 
     python -m experiments.landscape --data-dir glue
 
@@ -9,16 +8,18 @@ train_glue.py at its best rate of glue_table.py, with three seeds. The loss is t
 squared error on the first 256 rows of the validation set, as a function of the vector
 theta alone; the head stays.
 
-    grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d and x, y in
-             -1..1: 9 x 9 points, three seeds of directions; in the picture those of the
-             first seed of training, with one colour scale for both methods
-    ratio    largest over smallest curvature u^T H u of 32 random unit directions u, which says
-             nothing where one of them is not positive; spread, their deviation over
-             their mean
+    grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d
+             and x, y in -1..1: 9 x 9 points, three seeds of directions; in the
+             picture those of the first seed of training, with one colour scale for
+             both methods
+    ratio    largest over smallest curvature u^T H u of 32 random unit directions u,
+             which says nothing where one of them is not positive; spread, their
+             deviation over their mean
     top      the five largest eigenvalues of the Hessian H (Lanczos, scipy's eigsh)
-    moved    |J u|, how far the weights move for a unit step along u, also along the eigenvectors:
-             1 for GPart, measured for both; and curvature per squared weight distance,
-             u^T H u / |J u|^2, which does not depend on the units of theta
+    moved    |J u|, how far the weights move for a unit step along u, also along the
+             eigenvectors: 1 for GPart, measured for both; and curvature per squared
+             weight distance, u^T H u / |J u|^2, which does not depend on the units
+             of theta
 
 H is that of the plain path: fused=False, and attention by plain products, for second
 derivatives. Writes results/landscape.json, results/landscape.md and
@@ -26,6 +27,7 @@ figures/landscape.png; a solution that is in the first is not measured again.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
@@ -51,13 +53,8 @@ from experiments import runs
 HERE = Path(__file__).resolve().parent
 METHODS = ("gpart", "unilora")
 ROWS, SIDE, DIRECTIONS, SEEDS = 256, 9, 32, (0, 1, 2)
-SETTINGS = {
-    "rows": ROWS,
-    "side": SIDE,
-    "directions": DIRECTIONS,
-    "seeds": [*SEEDS],
-    "d": glue.D,
-}
+SETTINGS = {"rows": ROWS, "side": SIDE, "directions": DIRECTIONS}
+SETTINGS |= {"seeds": [*SEEDS], "d": glue.D}
 
 
 class Loss:
@@ -66,9 +63,8 @@ class Loss:
     def __init__(self, args: argparse.Namespace, method: str, seed: int) -> None:
         rate = glue.best_rate(method)
         if rate is None:
-            raise SystemExit(
-                f"{method} has no rate yet: run experiments.glue_table first"
-            )
+            hint = "run experiments.glue_table first"
+            raise SystemExit(f"{method} has no rate yet: {hint}")
         results, command, output = glue.trained(args, "stsb", method, rate, seed)
         self.metric = results["median"]
         args = train_glue.parser().parse_args(command)
@@ -84,12 +80,11 @@ class Loss:
         else:
             self.theta = next(p for n, p in model.named_parameters() if "theta_d" in n)
         self.model, self.start = model, self.theta.detach().clone()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            train_glue.model_path(args.model)
-        )
-        bench = train_glue.Bench(
-            args, train_glue.TASKS["stsb"], tokenizer, accelerate.Accelerator(cpu=True)
-        )
+        path = train_glue.model_path(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        accelerator = accelerate.Accelerator(cpu=True)
+        task = train_glue.TASKS["stsb"]
+        bench = train_glue.Bench(args, task, tokenizer, accelerator)
         self.batches = [bench.encode(rows[at : at + 64]) for at in range(0, ROWS, 64)]
 
     def mean(self) -> torch.Tensor:
@@ -117,16 +112,15 @@ class Loss:
         """|J u|: how far the weights move for a unit step of theta along u."""
         total = 0.0
         for module in self.model.modules():
-            if hasattr(module, "get_delta_weight") or isinstance(module, gpart.Adapted):
-                ends = []
-                for sign in (1, -1):
-                    self.theta.copy_(self.start + sign * step * u)
-                    ends.append(
-                        module.get_delta_weight("default")
-                        if hasattr(module, "get_delta_weight")
-                        else module.weight
-                    )
-                total += float(((ends[0] - ends[1]) / (2 * step)).square().sum())
+            peft = hasattr(module, "get_delta_weight")
+            if not peft and not isinstance(module, gpart.Adapted):
+                continue
+            ends = []
+            for sign in (1, -1):
+                self.theta.copy_(self.start + sign * step * u)
+                w = module.get_delta_weight("default") if peft else module.weight
+                ends.append(w)
+            total += float(((ends[0] - ends[1]) / (2 * step)).square().sum())
         self.theta.copy_(self.start)
         return total**0.5
 
@@ -137,38 +131,32 @@ def unit(d: int, seed: int) -> torch.Tensor:
 
 
 def measure(loss: Loss) -> dict[str, Any]:
-    d, size = len(loss.start), float(loss.start.norm())
+    start, d, size = loss.start, len(loss.start), float(loss.start.norm())
     steps = np.linspace(-1, 1, SIDE).tolist()
     grids = []
     for seed in SEEDS:
         u, v = unit(d, 2 * seed), unit(d, 2 * seed + 1)
-        grids.append(
-            [
-                [loss.at(loss.start + size * (x * u + y * v)) for x in steps]
-                for y in steps
-            ]
-        )
+        grid = [[loss.at(start + size * (x * u + y * v)) for x in steps] for y in steps]
+        grids.append(grid)
         print(f"grid {seed}", flush=True)
     curvatures, lengths = [], []
     for seed in range(100, 100 + DIRECTIONS):
         u = unit(d, seed)
         curvatures.append(float(u @ loss.hessian(u)))
         lengths.append(loss.moved(u))
-    operator = LinearOperator(
-        (d, d),
-        lambda x: loss.hessian(torch.from_numpy(x).float().flatten()).numpy(),
-        dtype="f4",
-    )
-    start = unit(d, 0).numpy()
-    top, vectors = eigsh(
-        operator, k=5, which="LA", v0=start, tol=1e-2
-    )  # the largest is last
-    top, vectors = top[::-1].tolist(), vectors.T[::-1].copy()
+
+    def times_hessian(x: Any) -> Any:
+        return loss.hessian(torch.from_numpy(x).float().flatten()).numpy()
+
+    operator = LinearOperator((d, d), times_hessian, dtype="f4")
+    first = unit(d, 0).numpy()
+    top, vectors = eigsh(operator, k=5, which="LA", v0=first, tol=1e-2)
+    top, vectors = top[::-1].tolist(), vectors.T[::-1].copy()  # the largest first
     along = [loss.moved(torch.from_numpy(v)) for v in vectors]
     scaled = [c / n**2 for c, n in zip(curvatures, lengths, strict=True)]
     return {
         "metric": loss.metric,
-        "loss": loss.at(loss.start),
+        "loss": loss.at(start),
         "norm of theta": size,
         "grids": grids,
         "curvatures": curvatures,
@@ -188,28 +176,24 @@ def rises(cell: dict[str, Any]) -> list[float]:
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
-    """A column for each method, in each a number for each seed of training; then their
-    ratios."""
+    """A column for each method, with a number for each seed of training; their ratios.
+
+    A row that compares has the second method's numbers over the first one's.
+    """
+
+    def text(values: list[Any]) -> str:
+        return ", ".join(x if isinstance(x, str) else f"{x:.3g}" for x in values)
 
     def row(
         name: str, value: Callable[[dict[str, Any]], Any], compare: bool = False
     ) -> str:
-        columns = [
-            [value(cells[f"{method}-{seed}"]) for seed in SEEDS] for method in METHODS
-        ]
-        columns.append(
-            [b / a for a, b in zip(*columns, strict=True)] if compare else []
-        )
-        texts = [
-            ", ".join(x if isinstance(x, str) else f"{x:.3g}" for x in c)
-            for c in columns
-        ]
-        return f"| {name} | {' | '.join(texts)} |"
+        a, b = ([value(cells[f"{method}-{k}"]) for k in SEEDS] for method in METHODS)
+        ratios = [y / x for x, y in zip(a, b, strict=True)] if compare else []
+        return f"| {name} | {text(a)} | {text(b)} | {text(ratios)} |"
 
     def ratio(cell: dict[str, Any]) -> Any:
-        return (
-            cell["ratio"] or f"{sum(c <= 0 for c in cell['curvatures'])} not positive"
-        )
+        negative = sum(c <= 0 for c in cell["curvatures"])
+        return cell["ratio"] or f"{negative} not positive"
 
     def span(cell: dict[str, Any]) -> str:
         return f"{min(cell['moved']):.3g} to {max(cell['moved']):.3g}"
@@ -217,18 +201,23 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     def mean(cell: dict[str, Any]) -> float:
         return statistics.mean(cell["curvatures"])
 
-    names = [glue.NAMES[method] for method in METHODS]
+    def rise(cell: dict[str, Any]) -> float:
+        return statistics.mean(rises(cell))
+
+    def scaled(cell: dict[str, Any]) -> Any:
+        return cell["curvature per weight distance"]
+
+    def scaled_top(cell: dict[str, Any]) -> Any:
+        return cell["top per weight distance"][0]
+
+    a, b = (glue.NAMES[method] for method in METHODS)
     lines = [
-        f"| seeds {', '.join(map(str, SEEDS))} | {' | '.join(names)} | {' / '.join(names[::-1])} |",
-        "|---" * (len(METHODS) + 2) + "|",
+        f"| seeds {', '.join(map(str, SEEDS))} | {a} | {b} | {b} / {a} |",
+        "|---|---|---|---|",
         row("Pearson, all of the validation set", lambda c: c["metric"]),
         row(f"loss, {ROWS} rows", lambda c: c["loss"]),
         row("norm of theta", lambda c: c["norm of theta"]),
-        row(
-            "mean rise of the loss on the grid",
-            lambda c: statistics.mean(rises(c)),
-            True,
-        ),
+        row("mean rise of the loss on the grid", rise, True),
         row("its deviation over directions", lambda c: statistics.stdev(rises(c))),
         row("largest loss on the grid", lambda c: float(np.max(c["grids"])), True),
         row(f"curvature, mean of {DIRECTIONS} directions", mean, True),
@@ -238,14 +227,8 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         row("largest eigenvalue / mean curvature", lambda c: c["top"][0] / mean(c)),
         row("weights moved by a unit step, random direction", span),
         row("weights moved, top eigenvector", lambda c: c["moved along top"][0]),
-        row(
-            "curvature per squared weight distance, mean",
-            lambda c: c["curvature per weight distance"],
-            True,
-        ),
-        row(
-            "the same, top eigenvector", lambda c: c["top per weight distance"][0], True
-        ),
+        row("curvature per squared weight distance, mean", scaled, True),
+        row("the same, top eigenvector", scaled_top, True),
     ]
     return "\n".join(lines)
 
@@ -257,10 +240,8 @@ def spectra(cells: dict[str, dict[str, Any]]) -> str:
         "weights moved along them": "moved along top",
         "curvature per squared weight distance": "top per weight distance",
     }
-    lines = [
-        f"| method | seed | {' | '.join(heads)} |",
-        "|---" * (2 + len(heads)) + "|",
-    ]
+    lines = [f"| method | seed | {' | '.join(heads)} |"]
+    lines.append("|---" * (2 + len(heads)) + "|")
     for method, seed in itertools.product(METHODS, SEEDS):
         cell = cells[f"{method}-{seed}"]
         texts = [", ".join(f"{x:.3g}" for x in cell[key]) for key in heads.values()]
@@ -269,9 +250,8 @@ def spectra(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(results: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(
-        2, len(SEEDS), figsize=(8, 5), layout="constrained", sharex=True
-    )
+    shape = {"figsize": (8, 5), "layout": "constrained", "sharex": True}
+    figure, axes = plt.subplots(2, len(SEEDS), **shape)
     grids = {method: np.array(results[f"{method}-0"]["grids"]) for method in METHODS}
     every = np.array(list(grids.values()))
     norm = matplotlib.colors.LogNorm(every.min(), every.max())
@@ -289,16 +269,17 @@ def plot(results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
-    parser.add_argument(
-        "--work", default="runs/glue", help="folder of glue_table.py's runs"
-    )
+    work = "folder of glue_table.py's runs"
+    parser.add_argument("--work", default="runs/glue", help=work)
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = runs.Record(HERE / "results" / "landscape.json", SETTINGS)
-    for seed, method in itertools.product(
-        SEEDS, METHODS
-    ):  # B023: the lambda is called at once
-        record.cell(f"{method}-{seed}", lambda: measure(Loss(args, method, seed)))  # noqa: B023
+
+    def measured(method: str, seed: int) -> dict[str, Any]:
+        return measure(Loss(args, method, seed))
+
+    for seed, method in itertools.product(SEEDS, METHODS):
+        record.cell(f"{method}-{seed}", functools.partial(measured, method, seed))
     cells = record.content["cells"]
     plot(cells)
     text = f"""# The loss around a trained solution
@@ -310,7 +291,7 @@ d = {glue.D:,}, {len(SEEDS)} seeds of training, with each {len(SEEDS)} of direct
 
 {spectra(cells)}
 """
-    (HERE / "results" / "landscape.md").write_text(text)
+    (HERE / "results" / "landscape.md").write_text(text, encoding="utf-8")
     print(text)
 
 
