@@ -254,7 +254,7 @@ def test_mistakes_are_one_line(
         (["--d", "10000000"], "d must be in 1..N = 1..2048"),
         (["--d", "0"], "must be more than 0, got 0"),
         (["--max-length", "5"], "at most 5 tokens: raise --max-length"),
-        (["--target-modules", "query"], "no module matches 'query' among"),
+        (["--target-modules", "query"], "the model has no 'query' but"),
         (["--seeds", "0", "0"], "has one twice"),
         (["--epochs", "1"], "--epochs and --max-steps are two ways"),
         (["--output", str(tmp_path / "torn.json")], "torn.json is no results file"),

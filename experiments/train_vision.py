@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapt a vision transformer to images, with transformers' own Trainer: GPart beside
-its peers.
+r"""Adapt a vision transformer to images with transformers' Trainer: GPart and peers.
 
-    python -m experiments.train_vision                          # offline: digits, minutes on a CPU
-    python -m experiments.train_vision --model google/vit-base-patch16-224-in21k --data DTD
-    python -m experiments.train_vision --model FOLDER --data FOLDER  # train/CLASS/*.png, test/CLASS
+    python -m experiments.train_vision      # offline: digits, minutes on a CPU
+    python -m experiments.train_vision --model google/vit-base-patch16-224-in21k \
+        --data DTD
+    python -m experiments.train_vision --model FOLDER \
+        --data FOLDER                       # with train/CLASS/*.png and test/CLASS
 
 Without --model, a ViT of 0.2 M parameters is pretrained on scikit-learn's digits and
 then adapted to the same digits turned by 90 degrees: there the pretrained model is at
@@ -76,32 +77,15 @@ NAMES = {
     "lora": "LoRA, rank 8",
     "head": "head alone",
 }
-LR = {
-    "gpart": 5e-3,
-    "full": 5e-5,
-    "head": 0.0,
-    **peers.LR,
-}  # head has a body that does not train
-TARGETS = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-)  # ViT's names in transformers 5, and before
+# "head" has a body that does not train.
+LR = {"gpart": 5e-3, "full": 5e-5, "head": 0.0, **peers.LR}
+# ViT's names in transformers 5, and before.
+TARGETS = (("q_proj", "v_proj"), ("query", "value"))
 WARMUP = 0.4
 HUB = {"d": 72000, "batch_size": 64, "accumulate": 4, "head_lr": [3e-3], "workers": 4}
-DIGITS = {
-    "d": 1024,
-    "batch_size": 32,
-    "accumulate": 1,
-    "head_lr": [1e-2, 3e-2, 1e-1, 3e-1],
-    "workers": 0,
-}
-SEARCH = (
-    1,
-    3,
-    10,
-    30,
-    100,
-)  # times LR: what the dev split chooses from, with the digits
+DIGITS = {"d": 1024, "batch_size": 32, "accumulate": 1, "workers": 0}
+DIGITS |= {"head_lr": [1e-2, 3e-2, 1e-1, 3e-1]}
+SEARCH = (1, 3, 10, 30, 100)  # times LR: the dev split chooses, with the digits
 SHIFTS = {  # of images [n, 1, 8, 8] in -1..1
     "upright": lambda images: images,
     "turned": lambda images: images.rot90(1, (2, 3)),
@@ -120,27 +104,16 @@ VIT = {  # [1, 8, 8] in four patches
 }
 PRETRAIN: dict[str, Any] = {"vit": VIT, "epochs": 40, "batch_size": 32, "accumulate": 1}
 PRETRAIN |= {"lr": 1e-3, "weight_decay": 0.1, "bf16": False, "seed": 0}
-SETTINGS = (
-    "model",
-    "data",
-    "d",
-    "epochs",
-    "batch_size",
-    "accumulate",
-    "weight_decay",
-    "bf16",
-)
-SETTINGS += ("target_modules", "image_column", "label_column")
+SETTINGS = ("model", "data", "d", "epochs", "batch_size", "accumulate")
+SETTINGS += ("weight_decay", "bf16", "target_modules", "image_column", "label_column")
 
 
 # --- Data ---
 def digits(shift: str) -> dict[str, Any]:
     """{train, dev, test} of scikit-learn's digits: 997, 300 and 500 rows."""
     x, y = load_digits(return_X_y=True)
-    images = (
-        torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
-    )  # [1797, 1, 8, 8]
-    images = SHIFTS[shift](images)
+    pixels = torch.tensor(x, dtype=torch.float32) / 8 - 1  # [1797, 64]
+    images = SHIFTS[shift](pixels.view(-1, 1, 8, 8))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"pixel_values": images[i], "labels": int(y[i])} for i in order]
     return {"train": rows[:997], "dev": rows[997:1297], "test": rows[1297:]}
@@ -152,12 +125,10 @@ def column(features: Any, kind: type, given: str | None, flag: str) -> str:
     if given in names or (given is None and len(names) == 1):
         return given or names[0]
     if not names:
-        raise ValueError(
-            f"the data has no {kind.__name__} column, only {', '.join(features)}"
-        )
-    raise ValueError(
-        f"{flag} must be one of the {kind.__name__} columns {names}, got {given}"
-    )
+        found = ", ".join(features)
+        raise ValueError(f"the data has no {kind.__name__} column, only {found}")
+    allowed = f"one of the {kind.__name__} columns {names}"
+    raise ValueError(f"{flag} must be {allowed}, got {given}")
 
 
 def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int]]:
@@ -166,10 +137,8 @@ def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int
     source, label = known.get(args.data.lower(), (args.data, None))
     folder = Path(args.data)
     if label is None and not folder.is_dir() and args.data.count("/") != 1:
-        names = ", ".join(DATASETS)
-        raise ValueError(
-            f"--data {args.data} is no folder, no OWNER/NAME and none of {names}"
-        )
+        allowed = f"no folder, no OWNER/NAME and none of {', '.join(DATASETS)}"
+        raise ValueError(f"--data {args.data} is {allowed}")
     try:
         if label is None and folder.is_dir():
             parts = datasets.load_dataset("imagefolder", data_dir=str(folder))
@@ -177,41 +146,34 @@ def read_images(args: argparse.Namespace) -> tuple[dict[str, Any], int, list[int
             parts = datasets.load_dataset(source)
     except Exception as error:  # datasets and the hub share no type for "not to be had"
         why = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(
-            f"cannot load --data {args.data}: {type(error).__name__}: {why}"
-        ) from None
+        why = f"{type(error).__name__}: {why}"
+        raise ValueError(f"cannot load --data {args.data}: {why}") from None
     if missing := [part for part in ("train", "test") if part not in parts]:
-        raise ValueError(
-            f"--data {args.data} has {', '.join(parts)}, but no {' and no '.join(missing)}"
-        )
-    if not (
-        dev := next(
-            (parts[k] for k in ("validation", "valid", "val") if k in parts), None
-        )
-    ):
+        found, names = ", ".join(parts), " and no ".join(missing)
+        raise ValueError(f"--data {args.data} has {found}, but no {names}")
+    named = [parts[key] for key in ("validation", "valid", "val") if key in parts]
+    dev = named[0] if named else None
+    if not dev:
         few = max(1, min(1000, len(parts["train"]) // 10))
         cut = parts["train"].train_test_split(test_size=few, seed=0)
         parts["train"], dev = cut["train"], cut["test"]
     splits = {"train": parts["train"], "dev": dev, "test": parts["test"]}
     features = splits["train"].features
     image = column(features, datasets.Image, args.image_column, "--image-column")
-    label = column(
-        features, datasets.ClassLabel, args.label_column or label, "--label-column"
-    )
+    given = args.label_column or label
+    label = column(features, datasets.ClassLabel, given, "--label-column")
     classes = range(features[label].num_classes)
     labels = {part: list(split[label]) for part, split in splits.items()}
     if bare := [part for part, values in labels.items() if not {*values} <= {*classes}]:
         hint = "a folder needs train/CLASS and test/CLASS"
-        raise ValueError(
-            f"--data {args.data} has images without a class in {bare[0]}: {hint}"
-        )
+        where = f"images without a class in {bare[0]}"
+        raise ValueError(f"--data {args.data} has {where}: {hint}")
     processor = load(transformers.AutoImageProcessor, args.model, args.model)
 
     def prepare(batch: dict[str, Any]) -> dict[str, Any]:
         rgb = [picture.convert("RGB") for picture in batch[image]]
-        pixels = processor(rgb, return_tensors="pt")[
-            "pixel_values"
-        ]  # [rows, 3, height, width]
+        encoded = processor(rgb, return_tensors="pt")
+        pixels = encoded["pixel_values"]  # [rows, 3, height, width]
         return {"pixel_values": pixels, "labels": batch[label]}
 
     ready = {part: split.with_transform(prepare) for part, split in splits.items()}
@@ -236,10 +198,8 @@ def load(auto: Any, path: str, name: str, **settings: Any) -> Any:
     try:
         return auto.from_pretrained(path, **settings)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        why, hint = (
-            str(error).splitlines()[0],
-            "--model takes a name on the hub, or a folder",
-        )
+        why = str(error).splitlines()[0]
+        hint = "--model takes a name on the hub, or a folder"
         raise ValueError(f"cannot load the model {name!r}: {why} ({hint})") from None
 
 
@@ -249,45 +209,38 @@ def base(job: Job) -> Any:
     auto = transformers.AutoModelForImageClassification
     model = load(auto, job.path, job.name, **settings).float()
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
-        raise ValueError(
-            f"{job.name} has no linear layer called classifier, as a ViT has"
-        )
+        missing = "no linear layer called classifier, as a ViT has"
+        raise ValueError(f"{job.name} has {missing}")
     model.heads = ["classifier"]
-    model.name_or_path = (
-        job.name
-    )  # what gpart.save records: a name, not a path of this machine
+    # gpart.save records it: a name, not a path of this machine.
+    model.name_or_path = job.name
     return model
 
 
 def build(job: Job, method: str, seed: int) -> Any:
-    """The pretrained model with a head drawn from seed; only what method trains is
-    trainable."""
+    """The pretrained model with a head drawn from seed; only what method trains may."""
     model = base(job)
     torch.manual_seed(seed)
     model.classifier.reset_parameters()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    targets = job.args.target_modules or next(
-        (t for t in TARGETS if names.issuperset(t)), None
-    )
+    known = next((pair for pair in TARGETS if names.issuperset(pair)), None)
+    targets, d = job.args.target_modules or known, job.args.d
+    head = ["classifier"]
     if method in ("head", "full"):
         model.requires_grad_(method == "full")
     elif not targets:
-        raise ValueError(
-            f"{job.name} has neither of {TARGETS}: name its --target-modules"
-        )
+        hint = "name its --target-modules"
+        raise ValueError(f"{job.name} has neither of {TARGETS}: {hint}")
     elif method == "gpart":
-        gpart.attach(
-            model, job.args.d, target_modules=targets, modules_to_save=["classifier"]
-        )
+        gpart.attach(model, d, target_modules=targets, modules_to_save=head)
     else:
-        peers.adapt(model, method, job.args.d, [*targets])
+        peers.adapt(model, method, d, [*targets])
     model.classifier.requires_grad_(True)
     return model
 
 
 def load_adapter(job: Job, method: str, path: Path) -> Any:
-    """A fresh model, its head random in another way, with only what the file holds put
-    in."""
+    """A fresh model, its head drawn in another way, with what the file holds put in."""
     model = build(job, method, seed=1 << 40)
     if method == "gpart":
         gpart.detach(model)
@@ -299,8 +252,7 @@ def load_adapter(job: Job, method: str, path: Path) -> Any:
 
 # --- Training ---
 class Trainer(runs.Trainer):
-    """transformers' own, with checkpoints of what is trained, and a learning rate for
-    the head."""
+    """Checkpoints hold what is trained; the head has a learning rate of its own."""
 
     def __init__(self, *args: Any, rates: tuple[float, float], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -308,13 +260,12 @@ class Trainer(runs.Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            groups = [
-                {"params": [*train_glue.trainable(self.model, head).values()], "lr": lr}
-                for head, lr in zip((False, True), self.rates, strict=True)
-            ]
-            self.optimizer = torch.optim.AdamW(
-                groups, weight_decay=self.args.weight_decay
-            )
+            groups = []
+            for head, lr in zip((False, True), self.rates, strict=True):
+                weights = [*train_glue.trainable(self.model, head).values()]
+                groups.append({"params": weights, "lr": lr})
+            decay = self.args.weight_decay
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=decay)
         return self.optimizer
 
 
@@ -335,10 +286,8 @@ def prepare_trainer(
 ) -> Trainer:
     """A Trainer of model; rates are those of the body and of the head."""
     size, accumulate = recipe["batch_size"], recipe["accumulate"]
-    steps = (
-        math.ceil(math.ceil(len(splits["train"]) / size) / accumulate)
-        * recipe["epochs"]
-    )
+    batches = math.ceil(len(splits["train"]) / size)
+    steps = math.ceil(batches / accumulate) * recipe["epochs"]
     settings = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe["epochs"],
@@ -377,50 +326,43 @@ def prepare_trainer(
 
 
 def fit(trainer: Trainer) -> float:
-    """Train, on from the last checkpoint if there is one, and leave the model at its
-    best epoch. Returns that epoch's dev accuracy; RuntimeError if the restored model
-    has another."""
-    trainer.train(
-        resume_from_checkpoint=runs.last_checkpoint(Path(trainer.args.output_dir))
-    )
+    """Train, on from the last checkpoint if any, and leave the model at its best epoch.
+
+    Returns that epoch's dev accuracy; RuntimeError if the restored model has another.
+    """
+    last = runs.last_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=last)
     dev, best = trainer.evaluate()["eval_accuracy"], trainer.state.best_metric
     if dev != best:
-        raise RuntimeError(
-            f"dev accuracy was {best} at the best checkpoint, restored it is {dev}"
-        )
+        before = f"dev accuracy was {best} at the best checkpoint"
+        raise RuntimeError(f"{before}, restored it is {dev}")
     return float(dev)
 
 
 def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[str, Any]:
-    """One cell: train, and report on the test split with what the adapter file
-    holds."""
+    """One cell: train, and report on the test split with what the adapter file has."""
     folder = job.work / cell_name(method, rates, seed)
+    recipe, rows = vars(job.args), job.splits["test"]
     model = build(job, method, seed)
-    trainer = prepare_trainer(model, job.splits, vars(job.args), folder, rates, seed)
+    trainer = prepare_trainer(model, job.splits, recipe, folder, rates, seed)
     result: dict[str, Any] = {"dev": fit(trainer), "test": None}
-    if all(
-        p.isfinite().all() for p in train_glue.trainable(model).values()
-    ):  # it did not diverge
-        test, file = trainer.predict(job.splits["test"]), folder / "adapter.safetensors"
+    trained = train_glue.trainable(model)
+    if all(p.isfinite().all() for p in trained.values()):  # it did not diverge
+        test, file = trainer.predict(rows), folder / "adapter.safetensors"
         train_glue.save_adapter(model, file)
-        fresh = prepare_trainer(
-            load_adapter(job, method, file), job.splits, vars(job.args), folder
-        )
-        again = {"reloaded": fresh.predict(job.splits["test"])}
+        loaded = load_adapter(job, method, file)
+        fresh = prepare_trainer(loaded, job.splits, recipe, folder)
+        again = {"reloaded": fresh.predict(rows)}
         if method == "gpart":
             gpart.merge(model)
-            again["merged"] = trainer.predict(job.splits["test"])
+            again["merged"] = trainer.predict(rows)
+        classes = test.predictions.argmax(-1)
         for how, other in again.items():
-            if not np.array_equal(
-                test.predictions.argmax(-1), other.predictions.argmax(-1)
-            ):
-                raise RuntimeError(
-                    f"{folder.name}, {how}, classifies the test images otherwise"
-                )
-        result |= {
-            "test": test.metrics["test_accuracy"],
-            "adapter_bytes": file.stat().st_size,
-        }
+            if not np.array_equal(classes, other.predictions.argmax(-1)):
+                otherwise = "classifies the test images otherwise"
+                raise RuntimeError(f"{folder.name}, {how}, {otherwise}")
+        result["test"] = test.metrics["test_accuracy"]
+        result["adapter_bytes"] = file.stat().st_size
     for head in (False, True):
         numbers = sum(p.numel() for p in train_glue.trainable(model, head).values())
         result["trained_head" if head else "trained"] = numbers
@@ -432,8 +374,7 @@ def run(job: Job, method: str, rates: tuple[float, float], seed: int) -> dict[st
 
 # --- The job ---
 def pretrain(work: Path) -> Path:
-    """The folder of the small ViT, trained whole on the upright digits: once for these
-    settings."""
+    """The folder of the small ViT, trained whole on the upright digits, once."""
     folder = work / f"digits-vit-{runs.digest(PRETRAIN)}"
     if not folder.exists():
         print("pretraining on the upright digits", flush=True)
@@ -451,12 +392,13 @@ def pretrain(work: Path) -> Path:
 
 
 def linear_head(job: Job) -> dict[str, float]:
-    """The best head on the frozen features: logistic regression to the end, its penalty
-    by dev."""
+    """The best head on the frozen features: logistic regression, its penalty by dev."""
     model, seen = base(job), list[torch.Tensor]()
-    model.classifier.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].cpu())
-    )
+
+    def see(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0].cpu())
+
+    model.classifier.register_forward_pre_hook(see)
     trainer = prepare_trainer(model, job.splits, vars(job.args), job.work)
     x, y = {}, {}
     for part, rows in job.splits.items():
@@ -476,9 +418,8 @@ def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
     work = args.work / f"{args.output.stem}-{runs.digest(result['settings'])}"
     if args.data:
         if not train_glue.hub_reachable():  # so that nobody waits for retries
-            datasets.config.HF_HUB_OFFLINE = (
-                huggingface_hub.constants.HF_HUB_OFFLINE
-            ) = True
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+            datasets.config.HF_HUB_OFFLINE = True
         splits, classes, labels = read_images(args)
         job = Job(args, splits, classes, args.model, args.model, work)
     else:
@@ -487,17 +428,15 @@ def prepare(args: argparse.Namespace, result: dict[str, Any]) -> Job:
         job = Job(args, splits, 10, str(path), "digits-vit", work)
         sha = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
         if result.setdefault("pretrained", {"sha256": sha})["sha256"] != sha:
-            raise ValueError(
-                f"{args.output} began with other weights than {path}: delete one"
-            )
+            other = f"began with other weights than {path}"
+            raise ValueError(f"{args.output} {other}: delete one")
         trainer = prepare_trainer(base(job), splits, vars(args), work)
         for shift in SHIFTS:
             rows = digits(shift)["test"]
             result["pretrained"][shift] = trainer.evaluate(rows)["eval_accuracy"]
         result["linear head"] = linear_head(job)
-    for (
-        method
-    ) in args.methods:  # what does not fit is known before the first hour of training
+    # Built here, so that what does not fit is known before the first hour of training.
+    for method in args.methods:
         model = build(job, method, 0)
         if method == "gpart":
             result["N"] = model.gpart.partition.N
@@ -514,17 +453,13 @@ def cell_name(method: str, rates: tuple[float, float], seed: int) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Test accuracy in percent, median ± standard deviation over the seeds, in
-    Markdown."""
-    lines = [
-        "| | trained | and head | lr | head lr | test accuracy |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Test accuracy in percent, median ± standard deviation over the seeds."""
+    lines = ["| | trained | and head | lr | head lr | test accuracy |"]
+    lines.append("|---|---|---|---|---|---|")
     for name, value in result.get("pretrained", {}).items():
         if name != "sha256":
-            lines.append(
-                f"| pretrained, on {name} digits | | | | | {100 * value:.1f} |"
-            )
+            start = f"| pretrained, on {name} digits"
+            lines.append(f"{start} | | | | | {100 * value:.1f} |")
     lines.append(f"| the largest class | | | | | {100 * result['majority']:.1f} |")
     if linear := result.get("linear head"):
         test = f"{100 * linear['test']:.1f}"
@@ -534,46 +469,50 @@ def table(result: dict[str, Any]) -> str:
         values = [100 * (cell["test"] or 0.0) for cell in cells]  # None: it diverged
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         lr, head_lr = chosen["rates"]
-        lines.append(
-            f"| {NAMES.get(method, method)} | {cells[0]['trained']:,} "
-            f"| {cells[0]['trained_head']:,} | {'' if method == 'head' else f'{lr:g}'} "
-            f"| {head_lr:g} | {statistics.median(values):.1f}{spread} |"
-        )
+        texts = [NAMES.get(method, method)]
+        texts += [f"{cells[0][key]:,}" for key in ("trained", "trained_head")]
+        texts += ["" if method == "head" else f"{lr:g}", f"{head_lr:g}"]
+        texts += [f"{statistics.median(values):.1f}{spread}"]
+        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 # --- Command line ---
 def parser() -> train_glue.Parser:
     form = argparse.RawDescriptionHelpFormatter
-    p = train_glue.Parser(
-        prog="train_vision", description=__doc__, formatter_class=form
-    )
+    p = train_glue.Parser("train_vision", description=__doc__, formatter_class=form)
     count, rate = train_glue.positive(int), train_glue.positive(float)
-    # fmt: off
-    p.add_argument("--model", help="a ViT: name on the hub, or folder (the digits' small one)")
-    p.add_argument("--data", help=f"{', '.join(DATASETS)}, OWNER/NAME on the hub, or a folder with "
-                   "train/CLASS and test/CLASS (digits)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=["head", "gpart", "unilora"],
-                   help="(head gpart unilora)")
-    p.add_argument("--d", type=count, help="size of theta (72000; digits 1024)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (0 1 2)")
-    p.add_argument("--lr", type=rate, nargs="+", help="of what the method trains besides the head; "
-                   "of several the dev split picks (the published one; digits 1 to 100 times that)")
-    p.add_argument("--head-lr", type=rate, nargs="+", help="of several the dev split picks, with "
-                   "the head alone (3e-3; digits 1e-2 to 3e-1)")
-    p.add_argument("--epochs", type=count, default=20, help="(20)")
-    p.add_argument("--batch-size", type=count, help="rows at a time (64; digits 32)")
-    p.add_argument("--accumulate", type=count, help="batches in a step (4; digits 1)")
-    p.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's (0.01)")
-    p.add_argument("--target-modules", nargs="+", help="adapted modules (the query and value ones)")
-    p.add_argument("--image-column", help="of a hub data set (the only one of its kind)")
-    p.add_argument("--label-column", help="of a hub data set (the only one of its kind)")
-    p.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
-    p.add_argument("--workers", type=int, help="processes that read images (4; digits 0)")
-    p.add_argument("--work", type=Path, default=Path("runs/vision"), help="folder (runs/vision)")
-    p.add_argument("--output", type=Path, help="results file (results/vision.json beside this "
-                   "script for the digits, else WORK/MODEL-DATA.json)")
-    # fmt: on
+    add = p.add_argument
+    names = ", ".join(DATASETS)
+    data = f"{names}, OWNER/NAME on the hub, or a folder with "
+    data += "train/CLASS and test/CLASS (digits)"
+    lr = "of what the method trains besides the head; of several the dev split picks "
+    lr += "(the published one; digits 1 to 100 times that)"
+    head_lr = "of several the dev split picks, with the head alone "
+    head_lr += "(3e-3; digits 1e-2 to 3e-1)"
+    output = "results file (results/vision.json beside this script for the digits, "
+    output += "else WORK/MODEL-DATA.json)"
+    column = "of a hub data set (the only one of its kind)"
+    methods, listed = ["head", "gpart", "unilora"], "(head gpart unilora)"
+    work = Path("runs/vision")
+    add("--model", help="a ViT: name on the hub, or folder (the digits' small one)")
+    add("--data", help=data)
+    add("--methods", nargs="+", choices=METHODS, default=methods, help=listed)
+    add("--d", type=count, help="size of theta (72000; digits 1024)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs (0 1 2)")
+    add("--lr", type=rate, nargs="+", help=lr)
+    add("--head-lr", type=rate, nargs="+", help=head_lr)
+    add("--epochs", type=count, default=20, help="(20)")
+    add("--batch-size", type=count, help="rows at a time (64; digits 32)")
+    add("--accumulate", type=count, help="batches in a step (4; digits 1)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's (0.01)")
+    add("--target-modules", nargs="+", help="adapted modules (query and value)")
+    add("--image-column", help=column)
+    add("--label-column", help=column)
+    add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    add("--workers", type=int, help="processes that read images (4; digits 0)")
+    add("--work", type=Path, default=work, help="folder (runs/vision)")
+    add("--output", type=Path, help=output)
     return p
 
 
@@ -586,13 +525,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= args.weight_decay < float("inf"):
         p.error(f"--weight-decay must be 0 or more, got {args.weight_decay}")
     for name, value in (HUB if args.data else DIGITS).items():
-        setattr(
-            args, name, value if getattr(args, name) is None else getattr(args, name)
-        )
-    stem = f"{Path(str(args.model)).name}-{Path(str(args.data)).name}"
-    default = (
-        args.work / f"{stem}.json" if args.data else HERE / "results" / "vision.json"
-    )
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    default = HERE / "results" / "vision.json"
+    if args.data:
+        stem = f"{Path(str(args.model)).name}-{Path(args.data).name}"
+        default = args.work / f"{stem}.json"
     args.output = args.output or default
     return args
 
@@ -623,9 +561,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         """By the dev split and the first seed; of equals the first."""
         if len(candidates) == 1:
             return candidates[0]
-        return max(
-            candidates, key=lambda rates: cell(method, rates, args.seeds[0])["dev"]
-        )
+        first = args.seeds[0]
+        return max(candidates, key=lambda rates: cell(method, rates, first)["dev"])
 
     _, head_lr = best("head", [(0.0, rate) for rate in args.head_lr])
     result.setdefault("chosen", {})
@@ -636,9 +573,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for seed in args.seeds:
             cell(method, chosen, seed)
         name = cell_name(method, chosen, 0).removesuffix("0")
-        names = [
-            one for one in result["cells"] if one.startswith(name)
-        ]  # of earlier commands too
+        # Those of earlier commands too.
+        names = [one for one in result["cells"] if one.startswith(name)]
         result["chosen"][method] = {"rates": chosen, "cells": names}
     record.write()
     if len(result["cells"]) == before:
