@@ -162,6 +162,8 @@ def golden_model(file):
         model = nn.Linear(256, 256)
     elif file == "not-isometric.safetensors":
         model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2).bfloat16())
+    elif file == "norm-and-head.safetensors":
+        model = net()
     else:
         layers = {"｡": nn.Linear(4, 3), "größe": nn.Linear(3, 2), "😀": nn.Linear(2, 1)}
         model = nn.ModuleDict(layers)
@@ -193,10 +195,11 @@ def test_golden_file_means_what_the_vectors_say(case):
     torch.testing.assert_close(loaded.partition.groups(), groups, rtol=0, atol=0)
     update = [x.flatten() for x in reader.update(adapter).values()]
     delta = [x.detach().flatten() for x in loaded.delta().values()]
+    expanded = loaded.partition.expand(loaded.theta.detach())
     sha256 = hashlib.sha256(np.concatenate(update).tobytes()).hexdigest()
     assert sha256 == case["update_sha256"]
-    sha256 = hashlib.sha256(torch.cat(delta).numpy().tobytes()).hexdigest()
-    assert sha256 == case["update_sha256"]
+    assert hashlib.sha256(expanded.numpy()).hexdigest() == case["update_sha256"]
+    torch.testing.assert_close(torch.cat(delta), expanded, rtol=0, atol=0)
 
 
 # --- Real files ---
@@ -220,6 +223,7 @@ REAL = {  # model, d, arguments of attach
     "float64": (lambda: net().double(), 7, {}),
     "d = 1": (net, 1, {}),
     "d = N": (net, 45, {"seed": 2**53 + 1}),
+    "a bias": (net, 7, {"target_modules": ["0.weight", "0.bias"]}),
     "not isometric": (net, 7, {"isometric": False}),
     "a head": (net, 7, {"target_modules": "0", "modules_to_save": "2"}),
     "a norm": (net, 7, {"target_modules": "0", "modules_to_save": ["1", "2"]}),
@@ -282,6 +286,22 @@ def test_reader_merges_as_gpart(name, tmp_path):
         numpy_dtype = np.float64 if wide is torch.float64 else np.float32
         update = torch.from_numpy(reader.update(adapter, numpy_dtype)[key])
         assert torch.equal((w.to(wide) + update).to(w.dtype), after[key].detach())
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_base_is_the_sums_of_what_the_file_does_not_carry(name, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    model, _ = trained(name)
+    gpart.save(model, path)
+    adapter = reader.read(path.read_bytes())
+    sums = {}
+    for key, t in model.state_dict().items():
+        carried = key in adapter["tensors"] or key.startswith("gpart.")
+        if t.is_floating_point() and not carried:
+            values = t.double().flatten().tolist()
+            total = sum(make_vectors.rounded("bfloat16", x) for x in values)
+            sums[key] = float(f"{total:.6g}")
+    assert json.loads(adapter["metadata"]["base"]) == sums
 
 
 def test_gpart_loads_what_others_write(tmp_path):
