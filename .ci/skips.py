@@ -1,4 +1,4 @@
-"""A pytest plugin for CI: a test may only be skipped for a reason that is listed here."""
+"""A pytest plugin for CI: no test is skipped but for a reason that is listed here."""
 
 import re
 
