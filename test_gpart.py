@@ -33,6 +33,7 @@ from gpart import (
     save,
     unmerge,
 )
+from test_properties import dense as dense_P
 from tests.models import (
     ALL,
     FUSED,
@@ -46,7 +47,6 @@ from tests.models import (
     X,
     backward,
     dense_gradient,
-    dense_P,
     normal,
     one_process,
     oracle,

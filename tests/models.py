@@ -318,12 +318,6 @@ def oracle(pristine, adapter):
     return model
 
 
-def dense_P(partition):
-    """P [N, d] by Eq. 7, in float64, from the ids alone."""
-    one_hot = nn.functional.one_hot(partition.groups().long(), partition.d).double()
-    return one_hot / one_hot.sum(0).sqrt() if partition.isometric else one_hot
-
-
 def dense_gradient(model, adapter):
     """P^T of the gradients in an oracle's weights."""
     own = parameters(model)
