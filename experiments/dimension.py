@@ -120,7 +120,7 @@ One rate and one rule: whether another exponent would do better is not asked her
 
 Learning rates, from the smallest d on: {"; ".join(f"{c} {r}" for c, r in rates.items())}.
 """
-    (glue.HERE / "results" / "dimension.md").write_text(text)
+    (glue.HERE / "results" / "dimension.md").write_text(text, encoding="utf-8")
     plot()
     return text
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss around a trained solution (Figure 4, right), as a picture and in numbers.
+"""The loss around a trained solution (Figure 4, right), in numbers.
 
     python -m experiments.landscape --data-dir glue
 
@@ -9,9 +9,7 @@ squared error on the first 256 rows of the validation set, as a function of the 
 theta alone; the head stays.
 
     grid     theta + x |theta| u + y |theta| v for two random unit vectors u, v of R^d
-             and x, y in -1..1: 9 x 9 points, three seeds of directions; in the
-             picture those of the first seed of training, with one colour scale for
-             both methods
+             and x, y in -1..1: 9 x 9 points, three seeds of directions
     ratio    largest over smallest curvature u^T H u of 32 random unit directions u,
              which says nothing where one of them is not positive; spread, their
              deviation over their mean
@@ -22,8 +20,8 @@ theta alone; the head stays.
              of theta
 
 H is that of the plain path: fused=False, and attention by plain products, for second
-derivatives. Writes results/landscape.json, results/landscape.md and
-figures/landscape.png; a solution that is in the first is not measured again.
+derivatives. Writes results/landscape.json and results/landscape.md; a solution that is
+in the first is not measured again.
 """
 
 import argparse
@@ -35,15 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import matplotlib
 import numpy as np
 import torch
 import transformers
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 import gpart
 import train_glue
@@ -249,23 +243,6 @@ def spectra(cells: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any]) -> None:
-    shape = {"figsize": (8, 5), "layout": "constrained", "sharex": True}
-    figure, axes = plt.subplots(2, len(SEEDS), **shape)
-    grids = {method: np.array(results[f"{method}-0"]["grids"]) for method in METHODS}
-    every = np.array(list(grids.values()))
-    norm = matplotlib.colors.LogNorm(every.min(), every.max())
-    for line, method in zip(axes, METHODS, strict=True):
-        for axis, seed in zip(line, SEEDS, strict=True):
-            grid = grids[method][seed]
-            image = axis.imshow(grid, origin="lower", extent=(-1, 1, -1, 1), norm=norm)
-            axis.set(title=f"{glue.NAMES[method]}, directions {seed}")
-    figure.supxlabel("step along u, in norms of theta")
-    figure.supylabel("step along v")
-    figure.colorbar(image, ax=axes, label="validation loss (STS-B)")
-    figure.savefig(HERE / "figures" / "landscape.png", dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of GLUE's TSV files")
@@ -281,7 +258,6 @@ def main() -> None:
     for seed, method in itertools.product(SEEDS, METHODS):
         record.cell(f"{method}-{seed}", functools.partial(measured, method, seed))
     cells = record.content["cells"]
-    plot(cells)
     text = f"""# The loss around a trained solution
 
 `python -m experiments.landscape --data-dir glue`: {record.ran_on}; STS-B.

@@ -10,7 +10,7 @@
    and o of Llama 3 8B one matrix at a time, ids from Partition.groups(start, stop) and
    W + P theta, as where the model does not fit into memory.
 
-Writes results/scale.json and figures/scale.png.
+Writes results/scale.json.
 """
 
 import json
@@ -85,25 +85,6 @@ def run(what: str, N: int) -> dict[str, float]:
     return json.loads(child.stdout)
 
 
-def plot(rows: list[dict[str, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    labels = {"seconds": "seconds", "peak_GB": "peak, GB"}
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for name, style in (("groups", "o-"), ("randperm", "s--")):
-            values = [row[f"{name}_{key}"] for row in rows]
-            axis.loglog([row["N"] for row in rows], values, style, label=name)
-        axis.set(xlabel="N, adapted weights", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(["Partition.groups", "torch.randperm"])
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     began, rows = time.monotonic(), []
     for N in SIZES:
@@ -122,7 +103,6 @@ def main() -> None:
     }
     text = json.dumps(result, indent=2) + "\n"
     (HERE / "results" / "scale.json").write_text(text, encoding="utf-8")
-    plot(rows, HERE / "figures" / "scale.png")
 
 
 if __name__ == "__main__":

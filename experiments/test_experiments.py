@@ -441,8 +441,7 @@ def test_decay_from_beginning_to_end(
 
     monkeypatch.setattr(decay, "train", train)
     monkeypatch.setattr(decay, "HERE", tmp_path)
-    for folder in ("results", "figures"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "results").mkdir()
     monkeypatch.setattr(sys, "argv", ["decay", "--data-dir", "glue"])
     for _ in range(2):
         decay.main()
@@ -450,7 +449,6 @@ def test_decay_from_beginning_to_end(
     rows = (tmp_path / "results" / "decay.md").read_text().splitlines()
     assert any(row.startswith("| Adam | N/d = 76.8 | 76.8 |") for row in rows)
     assert any(row.startswith("| AdamW | sqrt(N/d) = 8.76 | 8.76 |") for row in rows)
-    assert (tmp_path / "figures" / "decay.png").exists()
 
 
 class Quadratic(torch.nn.Module):
