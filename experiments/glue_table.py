@@ -372,26 +372,28 @@ def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str
 
 
 def plot() -> None:
-    """The dev metric against the learning rate, in units of the published one."""
+    """The dev metric against the learning rate, a panel for each method."""
     figure, axes = plt.subplots(
-        1, 2, figsize=(8, 3.4), layout="constrained", sharex=True
+        3, 3, figsize=(8, 5.5), layout="constrained", sharex=True, sharey=True
     )
-    for axis, task in zip(axes, ("stsb", "sst2"), strict=True):
-        for method in RATES:
+    looks = {"stsb": ("o-", COLORS["gpart"]), "sst2": ("s--", COLORS["lora"])}
+    for axis, method in zip(axes.flat, RATES, strict=True):
+        axis.axvline(1, color="0.8")  # the published rate
+        for task, (style, color) in looks.items():
             points = [
                 (rate / RATES[method], dev(task, method, rate))
                 for rate in rates(method)
             ]
             points = sorted((x, y) for x, y in points if y is not None)
             if points:
-                style = "o-" if method in THREE_SEEDS else "s:"
-                look = {"color": COLORS[method], "label": NAMES[method], "ms": 4}
-                axis.semilogx(*zip(*points, strict=True), style, **look)
-        axis.set(xlabel="learning rate / published", ylabel=f"dev, {TASKS[task]}")
-        axis.set_ylim(bottom=max(axis.get_ylim()[0], -0.2))
+                line = zip(*points, strict=True)
+                axis.semilogx(*line, style, color=color, label=TASKS[task], ms=4)
+        axis.set_title(NAMES[method], fontsize=9)
         axis.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.supxlabel("learning rate / published", fontsize=9)
+    figure.supylabel("dev metric, seed 0", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9)
     figure.savefig(HERE / "figures" / "rates.png", dpi=150)
 
 
