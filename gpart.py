@@ -724,7 +724,7 @@ def read(path, own):
     except (
         AttributeError,  # a dtype that this torch does not know
         OverflowError,
-        RecursionError,
+        RuntimeError,  # too deep, or too long for this machine
         TypeError,
         ValueError,
         safetensors.SafetensorError,
