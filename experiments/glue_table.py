@@ -35,6 +35,8 @@ from typing import Any
 
 import matplotlib
 
+from experiments import peers
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -115,23 +117,11 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def command(task: str, method: str, rate: float, seed: int, d: int = D) -> list[str]:
     """train_glue.py's arguments, but for the folders."""
-    one = [
-        "--task",
-        task,
-        "--method",
-        method,
-        "--d",
-        str(d),
-        "--seeds",
-        str(seed),
-        "--bf16",
-    ]
-    return [
-        *one,
-        *BUDGET[task],
-        "--head-lr" if method == "head" else "--lr",
-        f"{rate:g}",
-    ]
+    line = ["--task", task, "--method", method, "--seeds", str(seed), "--bf16"]
+    if method.startswith("gpart") or method in peers.SIZED:
+        line += ["--d", str(d)]
+    rates = ["--head-lr" if method == "head" else "--lr", f"{rate:g}"]
+    return [*line, *BUDGET[task], *rates]
 
 
 def job(*one: Any) -> tuple[Path, list[str]]:

@@ -121,7 +121,7 @@ def adapt(
 def fill_up(model: nn.Module, settings: Any, d: int) -> None:
     """SHiRA takes r (m + n) entries of each m x n matrix: some get one r more, spread
     evenly, so that there are d in all."""
-    layers = [layer for layer in model.modules() if hasattr(layer, "shira_weight")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "shira_weight")]
     r, side = settings.r, sum(layers[0].base_layer.weight.shape)
     extra = max(0, d // side - r * len(layers))
     for i, layer in enumerate(layers):

@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(
         (["--train", str(tmp_path / "none.jsonl")], "No such file"),
         (["--test", data, data], "two of them would both be called"),
         (["--d", "10000000"], "d must be in 1..N = 1..2048"),
-        (["--d", "0"], "must be more than 0, got 0"),
+        (["--d", "0"], "must be a whole number more than 0, got '0'"),
         (["--max-length", "5"], "at most 5 tokens: raise --max-length"),
         (["--target-modules", "query"], "the model has no 'query' but"),
         (["--seeds", "0", "0"], "has one twice"),
