@@ -31,9 +31,8 @@ RUN += ["--max-steps", "60", "--batch-size", "16"]
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """What must be equal: all of each run but its minutes, and the adapters'
-    digests."""
-    results = json.loads((folder / "results.json").read_text())
+    """What must be equal: all of each run but its minutes, and the digests."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     runs = [{**run, "minutes": None} for run in results["runs"]]
     digests = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -80,10 +79,8 @@ def main() -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            left = progress(fire)
-            kills.append(
-                {"run": len(got), "seconds": round(life or 0, 2), "left": left}
-            )
+            left, seconds_in = progress(fire), round(life or 0, 2)
+            kills.append({"run": len(got), "seconds": seconds_in, "left": left})
             print(f"kill {len(kills)}: {kills[-1]}", flush=True)
     equal = all(one == want for one in got)
     result = {
@@ -96,7 +93,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     path = ROOT / "tests" / "results" / "resume_under_fire.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{len(kills)} kills, {len(got)} runs under fire, all equal: {equal}")
     sys.exit(0 if equal else 1)
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a seed mean the same bits everywhere? Group ids, files and loaded weights
-compared.
+"""Does a seed mean the same bits everywhere? Group ids, files, weights are compared.
 
     python tests/same_bits.py FOLDER        # a few minutes, 6 GB of downloads
 
@@ -37,10 +36,14 @@ def sha(t):
     return hashlib.sha256(raw).hexdigest()
 
 def model(dtype):  # weights without a random generator: multiples of 1/64
-    net = torch.nn.ModuleDict({"a": torch.nn.Linear(300, 230), "b": torch.nn.Embedding(50, 17)})
+    layers = {"a": torch.nn.Linear(300, 230), "b": torch.nn.Embedding(50, 17)}
+    net = torch.nn.ModuleDict(layers)
     for w in net.parameters():
         w.data.copy_((torch.arange(w.numel()) * 37 % 129 - 64).view(w.shape) / 64)
     return net.to(dtype).to(device)
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
 
 def path(dtype, isometric):
     return f"{folder}/{str(dtype)[6:]}-{isometric}.safetensors"
@@ -58,18 +61,20 @@ for dtype, isometric in itertools.product(DTYPES, (True, False)):
     else:
         g = gpart.load(net, path(dtype, isometric))
         out[f"scale, {name}"] = sha(g.scale)
-        out[f"update, {name}"] = sha(torch.cat([dw.flatten() for dw in g.delta().values()]))
+        out[f"update, {name}"] = sha(flat(g.delta().values()))
         out[f"weight attached, {name}"] = sha(net["a"].weight)
         gpart.detach(net, merge=True)
-        out[f"weights merged, {name}"] = sha(torch.cat([w.flatten() for w in net.parameters()]))
+        out[f"weights merged, {name}"] = sha(flat(net.parameters()))
 if action == "load":
     for N, d, seed in json.loads(sys.argv[5]):
         P = gpart.Partition(N, d, seed)
         out[f"groups, N={N}, d={d}, seed={seed}"] = sha(P.groups(device=device))
     N, d, seed, start = json.loads(sys.argv[6])
     P = gpart.Partition(N, d, seed)
-    out[f"groups {start}.. of N={N}"] = sha(P.groups(start, start + 100_000, device=device))
-print(json.dumps({"torch": torch.__version__, "cuda": torch.cuda.is_available(), "out": out}))
+    part = P.groups(start, start + 100_000, device=device)
+    out[f"groups {start}.. of N={N}"] = sha(part)
+info = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "out": out}
+print(json.dumps(info))
 """
 
 
@@ -79,9 +84,8 @@ def environment(folder: Path, oldest: bool) -> str:
     if not (folder / "done").exists():
         venv.create(folder, with_pip=True)
         names = ("torch", "numpy", "safetensors")
-        text = (
-            ROOT / ("pyproject.toml" if oldest else ".ci/constraints.txt")
-        ).read_text()
+        pins = ROOT / ("pyproject.toml" if oldest else ".ci/constraints.txt")
+        text = pins.read_text(encoding="utf-8")
         found = {name: re.search(rf"\b{name}[>=]=([\d.]+)", text) for name in names}
         wanted = [f"{name}=={match[1]}" for name, match in found.items() if match]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
@@ -102,9 +106,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the two environments go")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    pythons = [
-        environment(folder / name, name == "oldest") for name in ("oldest", "newest")
-    ]
+    oldest = environment(folder / "oldest", oldest=True)
+    pythons = [oldest, environment(folder / "newest", oldest=False)]
     files, runs, seen = Path(tempfile.mkdtemp()), [], {}
     versions, cuda = [], False
     for k, python in enumerate(pythons):
@@ -116,14 +119,12 @@ def main() -> None:
     settings = [*settings, ("1", "cuda")] if cuda else [*settings]
     for python, saver, setting in itertools.product(pythons, (0, 1), settings):
         info = run(python, "load", str(files / str(saver)), *setting)
-        runs.append(
-            {"torch": info["torch"], "saved by": versions[saver], "setting": setting}
-        )
+        saved = versions[saver]
+        runs.append({"torch": info["torch"], "saved by": saved, "setting": setting})
         for name, sha in info["out"].items():
             seen.setdefault(name, set()).add(sha)
-        print(
-            runs[-1], "differ:", [name for name, shas in seen.items() if len(shas) > 1]
-        )
+        differ = [name for name, shas in seen.items() if len(shas) > 1]
+        print(runs[-1], "differ:", differ)
     result = {
         "equal": all(len(shas) == 1 for shas in seen.values()),
         "torch": versions,
@@ -135,7 +136,7 @@ def main() -> None:
         "sha256": {name: sorted(shas) for name, shas in seen.items()},
     }
     path = ROOT / "tests" / "results" / "same_bits.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{len(runs)} processes, {len(seen)} checks, all equal: {result['equal']}")
     sys.exit(0 if result["equal"] else 1)
 
