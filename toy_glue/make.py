@@ -18,31 +18,24 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TRAIN, DEV = 1200, 300
-COST = {
-    "who": 1.25,
-    "verb": 1.0,
-    "what": 1.25,
-    "where": 0.75,
-    "when": 0.75,
-}  # in STS-B, of 5
+# What each costs in STS-B, of 5.
+COST = {"who": 1.25, "verb": 1.0, "what": 1.25, "where": 0.75, "when": 0.75}
 SLOTS = tuple(COST)
 LABELS = ("not_entailment", "entailment")
 
 
 def read_words() -> dict[str, list[str]]:
     """The lists of words.txt. There "/" parts synonyms, and a verb is "base past"."""
-    blocks = (HERE / "words.txt").read_text(encoding="utf-8").split("\n\n")
-    lists = dict(block.split(":") for block in blocks)
-    return {
-        name: [" ".join(s.split()) for s in text.split(";")]
-        for name, text in lists.items()
-    }
+    lists = {}
+    for block in (HERE / "words.txt").read_text(encoding="utf-8").split("\n\n"):
+        name, text = block.split(":")
+        lists[name] = [" ".join(words.split()) for words in text.split(";")]
+    return lists
 
 
 WORDS = read_words()
-ACTS = [
-    (WORDS[f"verbs {k}"], WORDS[f"things {k}"]) for k in (1, 2, 3)
-]  # things suit the verbs
+# The things suit the verbs.
+ACTS = [(WORDS[f"verbs {k}"], WORDS[f"things {k}"]) for k in (1, 2, 3)]
 
 
 class Dice(random.Random):
@@ -64,14 +57,12 @@ def new_event(dice: Dice) -> dict[str, str]:
 
 
 def change(dice: Dice, event: dict[str, str], slots: Sequence[str]) -> dict[str, str]:
-    """An event that differs in just these slots, and whose verb still suits its
-    thing."""
+    """An event that differs in just these slots; its verb still suits its thing."""
     while True:
         drawn = new_event(dice)
         other = event | {slot: drawn[slot] for slot in slots}
-        suits = any(
-            other["verb"] in verbs and other["what"] in things for verbs, things in ACTS
-        )
+        verb, what = other["verb"], other["what"]
+        suits = any(verb in verbs and what in things for verbs, things in ACTS)
         if suits and all(other[slot] != event[slot] for slot in slots):
             return other
 
@@ -97,13 +88,10 @@ def tell(
 ) -> str:
     """State the event, with its place, its time or both."""
     words = worded(dice, event)
-    active, passive = (
-        "the {who} {past} the {what}",
-        "the {what} was {past} by the {who}",
-    )
-    core = dice.pick(
-        [active, active, passive, "it was the {who} who {past} the {what}"]
-    )
+    active = "the {who} {past} the {what}"
+    passive = "the {what} was {past} by the {who}"
+    cleft = "it was the {who} who {past} the {what}"
+    core = dice.pick([active, active, passive, cleft])
     tail = [words[slot] for slot in dice.some(extras, len(extras))]
     front = tail.pop() + ", " if dice.random() < 0.3 else ""
     return sentence(front + " ".join([core.format_map(words), *tail]))
@@ -118,11 +106,9 @@ def rte(dice: Dice, i: int) -> tuple[str, ...]:
 
 def mrpc(dice: Dice, i: int) -> tuple[str, ...]:
     event = new_event(dice)
-    return (
-        tell(dice, event),
-        tell(dice, event if i % 2 else spoil(dice, event, SLOTS)),
-        str(i % 2),
-    )
+    first = tell(dice, event)
+    second = tell(dice, event if i % 2 else spoil(dice, event, SLOTS))
+    return first, second, str(i % 2)
 
 
 def stsb(dice: Dice, i: int) -> tuple[str, ...]:
@@ -132,8 +118,7 @@ def stsb(dice: Dice, i: int) -> tuple[str, ...]:
 
 
 def qnli(dice: Dice, i: int) -> tuple[str, ...]:
-    """A wrong answer is about another event, or gives the time for the place or vice
-    versa."""
+    """A wrong answer tells of another event, or where for when, or when for where."""
     event, question = new_event(dice), dice.pick(WORDS["questions"])
     asked = question.split()[0]
     extra = asked if asked in ("where", "when") else dice.pick(["where", "when"])
@@ -142,27 +127,22 @@ def qnli(dice: Dice, i: int) -> tuple[str, ...]:
     if not i % 2 and asked == extra and dice.random() < 0.5:
         extra = "when" if asked == "where" else "where"
     elif not i % 2:
-        event = spoil(
-            dice, event, [s for s in ("who", "verb", "what", extra) if s != asked]
-        )
+        slots = [slot for slot in ("who", "verb", "what", extra) if slot != asked]
+        event = spoil(dice, event, slots)
     return ask, tell(dice, event, [extra]), LABELS[i % 2]
 
 
 def cola(dice: Dice, i: int) -> tuple[str, ...]:
-    """Some sentences give room for a wrong verb form, more for words lost, doubled or
-    swapped."""
+    """A fault is a wrong verb form, or a word that is lost, doubled or swapped."""
     event, bad = new_event(dice), 1 - i % 2
     if dice.random() < 0.3:  # "right>wrong" in a pattern
-        text = "the " + dice.pick(WORDS["slips"]) + " the {what} {where}"
-        words = [
-            w.split(">")[-bad]
-            for w in sentence(text).format_map(worded(dice, event)).split()
-        ]
+        text = sentence("the " + dice.pick(WORDS["slips"]) + " the {what} {where}")
+        told = text.format_map(worded(dice, event))
+        words = [word.split(">")[-bad] for word in told.split()]
     else:
         words, fault = tell(dice, event).split(), dice.pick(["drop", "double", "swap"])
-        spots = [
-            k for k in range(1, len(words) - 2) if words[k] in ("the", "was", "by")
-        ]
+        inner, small = range(1, len(words) - 2), ("the", "was", "by")
+        spots = [k for k in inner if words[k] in small]
         for k in reversed(spots * bad):
             one, two = words[k : k + 2]
             faulty = {"drop": [two], "double": [one, one, two], "swap": [two, one]}
@@ -173,9 +153,9 @@ def cola(dice: Dice, i: int) -> tuple[str, ...]:
 def sst2(dice: Dice, i: int) -> tuple[str, ...]:
     """In an opinion {a} and {b} speak for the label, {x} and {y} against it."""
     own, other = ("good", "bad") if i % 2 else ("bad", "good")
-    words = [
-        word for name in (own, other, "parts") for word in dice.some(WORDS[name], 2)
-    ]
+    words = []
+    for name in (own, other, "parts"):
+        words += dice.some(WORDS[name], 2)
     opinion = dice.pick(WORDS["opinions"])
     return opinion.format_map(dict(zip("abxypq", words, strict=True))), str(i % 2)
 
@@ -189,7 +169,8 @@ TASKS = {  # maker, header and row; "|" stands for a tab
     ),
     "STS-B": (
         stsb,
-        "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2|score\n",
+        "index|genre|filename|year|old_index|source1|source2"
+        "|sentence1|sentence2|score\n",
         "{i}|toy|toy|2024|{i:04d}|none|none|{0}|{1}|{2}\n",
     ),
     "CoLA": (cola, "", "toy|{0}|{1}|{2}\n"),
@@ -208,14 +189,12 @@ def build() -> dict[str, str]:
             while len(rows) < count:
                 row = make(dice, len(rows))
                 said = [field for field in row if " " in field]
-                if len(seen.union(said)) == len(seen) + len(
-                    said
-                ):  # no sentence comes twice
+                # No sentence comes twice.
+                if len(seen.union(said)) == len(seen) + len(said):
                     seen.update(said)
                     rows.append(row)
-            lines = [
-                form.format(*row, i=i) for i, row in enumerate(dice.some(rows, count))
-            ]
+            mixed = dice.some(rows, count)
+            lines = [form.format(*row, i=i) for i, row in enumerate(mixed)]
             files[f"{task}/{name}.tsv"] = (head + "".join(lines)).replace("|", "\t")
     return files
 
