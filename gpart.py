@@ -170,9 +170,8 @@ class Partition:
 
         def fill(at):
             i = torch.arange(at, min(at + chunk, stop), device=ids.device)
-            ids[at - start : at - start + chunk] = (
-                permute(i, self.N, self.seed) % self.d
-            )
+            group = permute(i, self.N, self.seed) % self.d
+            ids[at - start : at - start + chunk] = group
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(start, stop, chunk)))
@@ -515,9 +514,7 @@ def adapter_of(model):
     """The adapter and the model's own tensors."""
     own = own_tensors(model)
     adapter = model._modules.get("gpart")
-    require(
-        isinstance(adapter, GPart), "no adapter here: attach one, and pass the model"
-    )
+    require(isinstance(adapter, GPart), "no adapter here: attach, and pass the model")
     return adapter, own
 
 
@@ -766,9 +763,7 @@ def warn_of_another_base(own, base):
     for name in [name for name in base if name in sums]:
         norm = own[name].detach().double().norm().item()
         if abs(sums[name] - base[name]) > 0.01 * norm:
-            text = (
-                "is not what the adapter was trained on: another checkpoint, a fresh "
-            )
-            text += "head not in modules_to_save, or BatchNorm statistics that moved?"
+            text = "is not what the adapter was trained on: another checkpoint, a head"
+            text += " not in modules_to_save, or BatchNorm statistics that moved?"
             warnings.warn(f"{name} {text}", stacklevel=3)
             return
