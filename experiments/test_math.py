@@ -3,17 +3,14 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import mutants
 import pytest
 import tokenizers
 import torch
 import transformers
 
-sys.path.insert(0, str(mutants.ROOT))
 from experiments import train_math
 
 ROWS = [

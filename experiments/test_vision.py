@@ -4,19 +4,16 @@ was run."""
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
-import mutants
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 
-sys.path.insert(0, str(mutants.ROOT))
 import gpart
 from experiments import train_vision
 

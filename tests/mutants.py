@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mutation testing: does any test notice when a file is changed? mutants.sh calls this.
+
+    python tests/mutants.py gpart FOLDER                      # every mutant
+    python tests/mutants.py train_glue FOLDER --sample 300    # so many, by --seed
+
+mutmut 3 changes one expression at a time, in a copy of the files in FOLDER, and runs
+the quick tests that reach it. A second call goes on where the first was stopped. Prints
+the score and the survivors as Markdown; a survivor that REASONS does not explain makes
+it exit with 1.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIES = ("gpart.py", "train_glue.py", "toy_glue", "experiments", "format", "tests")
+COPIES += ("test_gpart.py", "test_properties.py")
+GLUE = ["tests/test_train_glue.py"]
+TESTS = {  # what the mutants of a file face
+    "gpart": [
+        "test_gpart.py",
+        "test_properties.py",
+        *(
+            f"tests/{path.name}"
+            for path in sorted((ROOT / "tests").glob("test_*.py"))
+            if path.name not in ("test_train_glue.py", "test_partition_html.py")
+        ),
+    ],
+    "train_glue": GLUE,
+}
+# Not the words of --help, which are for people
+LEFT_OUT = {"gpart": [], "train_glue": ["help=", '^ {19}"']}
+SKIP = {  # the name of a test that is about the text of the file or starts a process
+    "gpart": "density or imports_only or doctests",
+    "train_glue": "slow_imports or toy_files or toy_tasks_are_balanced",
+}
+REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it lives}
+    "gpart": {},
+    "train_glue": {},
+}
+
+
+def unwrapped(source: str) -> str:
+    """source with `@f` above a function turned into `g = f(g)` below it, since mutmut
+    leaves decorated functions as they are."""
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            (decorator,) = map(ast.unparse, node.decorator_list)
+            lines.insert(
+                node.end_lineno or 0, f"\n\n{node.name} = {decorator}({node.name})"
+            )
+            del lines[node.decorator_list[0].lineno - 1]
+    return "\n".join(lines) + "\n"
+
+
+def prepare(section: str, folder: Path) -> None:
+    """The files and mutmut's settings; what is the same is not written again."""
+    for name in COPIES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+        elif source.stem != section:
+            shutil.copy(source, folder / name)
+    file = folder / f"{section}.py"
+    text = unwrapped((ROOT / file.name).read_text(encoding="utf-8"))
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+    selection = [*TESTS[section], "-m", "not slow", "-k", f"not ({SKIP[section]})"]
+    settings = f"""
+[tool.mutmut]
+source_paths = ["{file.name}"]
+also_copy = {json.dumps([name for name in COPIES if name != file.name])}
+do_not_mutate_patterns = {json.dumps(LEFT_OUT[section])}
+pytest_add_cli_args_test_selection = {json.dumps(selection)}
+"""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (folder / "pyproject.toml").write_text(project + settings, encoding="utf-8")
+
+
+def mutmut(folder: Path, *args: str) -> str:
+    command = [sys.executable, "-m", "mutmut", *args]
+    run = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    return run.stdout
+
+
+def outcomes(folder: Path) -> dict[str, str]:
+    """{mutant: killed, survived, timeout, not checked, …}"""
+    lines = mutmut(folder, "results", "--all", "true")
+    return dict(re.findall(r"(\S+): (\w[\w ]*)$", lines, re.MULTILINE))
+
+
+def run(folder: Path, sample: int | None, seed: int, children: int) -> list[str]:
+    """The names of the mutants that were drawn and tried."""
+    if not (folder / "mutants").exists():
+        mutmut(folder, "run", "none of them*")  # makes them, and times the tests
+    known = outcomes(folder)
+    chosen = sorted(known)
+    if sample:
+        chosen = sorted(random.Random(seed).sample(chosen, min(sample, len(known))))
+    left = [name for name in chosen if known[name] == "not checked"]
+    if left:
+        print(f"{len(left)} of {len(known)} mutants to try", file=sys.stderr)
+        command = [sys.executable, "-m", "mutmut", "run"]
+        command += ["--max-children", str(children), *left]
+        subprocess.run(command, cwd=folder, stdout=sys.stderr, check=True)
+    return chosen
+
+
+def says(folder: Path, name: str) -> str:
+    """What the mutated lines of a mutant say, as one line."""
+    diff = mutmut(folder, "show", name)
+    return " ".join(re.findall(r"^\+(?!\+) *(.*)$", diff, re.MULTILINE)).strip()
+
+
+def report(section: str, folder: Path, chosen: list[str], how: str) -> bool:
+    """Print the Markdown; True if all survivors are explained."""
+    known, file = outcomes(folder), f"{section}.py"
+    tried = [name for name in chosen if known[name] != "not checked"]
+    dead = ("killed", "timeout")
+    alive = [name for name in tried if known[name] not in dead]
+    modules = ("mutmut", "torch", "transformers")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in modules]
+    print(f"# Mutants of {file}\n\n`tests/mutants.sh {how}`, with")
+    print(f"{', '.join(versions)}, Python {platform.python_version()}, CPU.\n")
+    if len(tried) < len(known):
+        print(f"{len(tried)} of {len(known):,} mutants were drawn and tried.")
+    killed = len(tried) - len(alive)
+    print(f"**{killed} of {len(tried)} killed: {killed / len(tried):.1%}.** Survivors:")
+    print("\n| mutant | it says | why it lives |\n|---|---|---|")
+    good = True
+    for name in alive:
+        new = says(folder, name)
+        why = REASONS[section].get(new, "**unexplained**")
+        good &= new in REASONS[section]
+        short = name.removeprefix(f"{section}.x").replace("ǁ", ".").strip("_.")
+        print(f"| {short} | `{new.replace('|', chr(92) + '|')}` | {why} |")
+    return good
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("section", choices=TESTS, help="the file to mutate, without .py")
+    p.add_argument("folder", type=Path, help="where the copies and mutants are")
+    p.add_argument("--sample", type=int, help="try so many (all)")
+    p.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    p.add_argument("--children", type=int, default=1, help="processes at a time (1)")
+    p.add_argument("--report", action="store_true", help="try nothing")
+    args = p.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        HYPOTHESIS_PROFILE="quick", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1"
+    )
+    how = args.section
+    if args.sample:
+        how += f" --sample {args.sample} --seed {args.seed}"
+    if not args.report:
+        prepare(args.section, args.folder)
+        chosen = run(args.folder, args.sample, args.seed, args.children)
+    else:
+        names = sorted(outcomes(args.folder))
+        draw = random.Random(args.seed)
+        chosen = sorted(draw.sample(names, args.sample)) if args.sample else names
+    if not report(args.section, args.folder, chosen, how):
+        sys.exit("a survivor is unexplained")
+
+
+if __name__ == "__main__":
+    main()
