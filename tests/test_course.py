@@ -187,7 +187,11 @@ def last_wins(x: Any, W: Any, theta: Any, ids: Any, scale: Any, g: Any) -> Any:
         (checks.other_factors, lambda B, A: (B, A), "0 away, less than 1"),
         (checks.other_factors, lambda B, A: (2 * B, A), "the product is [[2]], and"),
         (checks.other_factors, lambda B, A: B, "It should return 2 values, not 1"),
-        (checks.other_factors, lambda B, A: (A.T, B), "has the wrong type or shape"),
+        (
+            checks.other_factors,
+            lambda B, A: (B[0, 0], A),
+            "has the wrong type or shape",
+        ),
         (checks.other_factors, lambda B, A: (None, A), "has the wrong type or shape"),
         (checks.nearest, lambda P, w: P.reduce(w), "isometric=False"),
         (checks.nearest, lambda P, w: P.reduce(w) / P.sizes(), "isometric=True"),
