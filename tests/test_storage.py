@@ -31,6 +31,7 @@ from tests.models import (
     Net,
     backward,
     normal,
+    one_process,
     oracle,
     parameters,
     python,
@@ -173,20 +174,6 @@ def test_a_head_of_any_memory_format_comes_back(file):
     assert torch.equal(read(file)[1]["head.weight"], head.weight)
     assert torch.equal(other["head"].weight, head.weight)
     assert other["head"].weight.stride() == head.weight.stride() != (12, 4, 2, 1)
-
-
-def test_a_tied_parameter_is_found_by_the_name_in_the_file(file):
-    """Stored under one of its names, it moves under both."""
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    model["b"].weight = model["a"].weight
-    fresh = copy.deepcopy(model)
-    adapter = attach(model, 5, target_modules="b")
-    assert adapter.manifest == [("b.weight", (4, 4))]
-    adapter.theta.data.copy_(normal(5))
-    save(model, file)
-    load(fresh, file)
-    for name in "ab":
-        assert torch.equal(fresh[name].weight, model[name].weight)
 
 
 # --- Loading into a model that has the adapter ---
@@ -597,24 +584,14 @@ def test_files_of_the_first_release_load_for_ever(name, tmp_path):
     torch.__version__ < "2.7", reason="FSDP2 needs CUDA before torch 2.7"
 )
 def test_a_sharded_model_saves_the_same_file(fused, file):
-    """Under FSDP2's fully_shard, weights, head and theta are shards: gradient and
-    digest stay."""
+    """Under FSDP2's fully_shard, weights, head and theta are shards."""
     before = read(file)[0]["sha256"]
-    single, model = trained(fused=fused), trained(fused=fused)
-    backward(NET(single, grad=True))
-    dist = torch.distributed
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    model = trained(fused=fused)
+    with one_process() as mesh:
         for module in (*model.body, model):
             fsdp.fully_shard(module, mesh=mesh)
-        backward(NET(model, grad=True))
         assert type(model.gpart.theta).__name__ == "DTensor"
-        gradient = model.gpart.theta.grad.full_tensor()
         save(model, file)
-    finally:
-        dist.destroy_process_group()
-    torch.testing.assert_close(gradient, single.gpart.theta.grad)
     assert read(file)[0]["sha256"] == before
 
 
