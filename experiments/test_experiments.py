@@ -43,8 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant")  # PEFT's SHi
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the precision of its first user in the process, and refuses
-    another one."""
+    """accelerate keeps the precision of its first user, and refuses another one."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -62,8 +61,7 @@ def test_results_say_what_they_ran_on(path: Path) -> None:
 
 # --- The peers ---
 def test_peers_train_as_many_numbers_as_published() -> None:
-    """On RoBERTa-base's query and value: the parameter counts of the paper's Table
-    1."""
+    """On RoBERTa-base's query and value: the counts of the paper's Table 1."""
     expected = {"unilora": 23040, "lora": 294912, "vera": 43008, "fourierft": 24000}
     expected["bitfit"] = 102144
     for method, numbers in expected.items():
@@ -121,8 +119,7 @@ def test_peers_of_size_d_train_d_numbers() -> None:
 
 @pytest.mark.parametrize("method", ["unilora", "vera", "fourierft", "shira", "waveft"])
 def test_seed_draws_another_structure(method: str) -> None:
-    """The same trained numbers give the same update again, and another for another
-    seed."""
+    """The same trained numbers give the same update, and another for another seed."""
     updates = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
@@ -140,8 +137,7 @@ def test_seed_draws_another_structure(method: str) -> None:
 # --- The grid ---
 @pytest.fixture
 def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """put(task, method, rate, seed, metric): a finished cell, in a folder of its
-    own."""
+    """put(task, method, rate, seed, metric): a finished cell, in its own folder."""
     monkeypatch.setattr(glue_table, "CELLS", tmp_path)
 
     def put(
@@ -195,8 +191,7 @@ def test_rates_of_both_variants_take_the_same_steps() -> None:
 
 
 def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
-    """Median and deviation over the seeds there are; an average only over all five
-    tasks."""
+    """Median and deviation over the seeds there are; an average only of five tasks."""
     for rate in glue_table.rates("gpart"):
         for task in ("stsb", "sst2"):
             cells(task, "gpart", rate, 0, rate)
@@ -264,8 +259,7 @@ def test_readme_has_the_tables_of_the_cells() -> None:
 
 
 def test_margins_pair_the_seeds(cells: Any) -> None:
-    """A spread that both methods share is no spread of their difference; a hole leaves
-    a hole."""
+    """A spread that both share is no spread of their difference; a hole leaves a hole."""
     for method, less in (("gpart", 0.0), ("lora", 0.25)):
         for rate in glue_table.rates(method):
             for task in ("stsb", "sst2"):
@@ -320,8 +314,7 @@ def test_a_folder_that_is_not_there_is_refused_at_once(
 def test_scaled_rate_keeps_the_step_of_a_weight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """lr / sqrt(N / d) is the same for every d, up to the three digits a rate is given
-    with."""
+    """lr / sqrt(N / d) is the same for every d, to the three digits that a rate has."""
     monkeypatch.setattr(glue_table, "best_rate", lambda method: 0.005)
     steps = [rate * d**0.5 for d, rate in dimension.points("scaled")]
     assert steps == pytest.approx([0.005 * 23040**0.5] * len(steps), rel=5e-3)
@@ -336,8 +329,7 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
 
 
 def test_readme_has_the_tables_of_the_files() -> None:
-    """Of dimension, landscape and decay: every number, and what it was measured
-    with."""
+    """Of dimension, landscape and decay: every number, and what measured it."""
     around, decays = (
         runs.Record(RESULTS / f"{name}.json", {}) for name in ("landscape", "decay")
     )
@@ -369,8 +361,7 @@ def test_readme_has_the_table_beyond_glue() -> None:
 
 
 def test_algebra_holds_on_real_adapters() -> None:
-    """Distances and cosines of theta are those of the updates; of LoRA's factors they
-    are not."""
+    """Distances and cosines of theta are those of the updates, LoRA's factors' not."""
     record = runs.Record(RESULTS / "algebra.json", {})
     assert algebra.render(record) == (RESULTS / "algebra.md").read_text()
     cells = record.content["cells"]
@@ -389,8 +380,7 @@ def test_algebra_holds_on_real_adapters() -> None:
 # --- Decay and landscape ---
 @pytest.mark.parametrize("factor", [1.0, 8.8, 76.8])
 def test_decay_finds_the_factor_between_two_curves(factor: float) -> None:
-    """The same curve, shifted by a factor along the decay: that factor, wherever the
-    points lie."""
+    """The same curve, shifted along the decay: its factor, wherever the points lie."""
     norm = lambda x: 3.0 / (1.0 + x) ** 2  # noqa: E731
     grid = [10.0**k for k in range(-4, 5)]
     curves = {
@@ -472,8 +462,7 @@ def test_landscape_measures_how_far_weights_move() -> None:
 def test_landscape_does_not_depend_on_the_units_of_theta(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without isometry its curvature is n times as large, per weight distance the
-    same."""
+    """Without isometry its curvature is n-fold, per weight distance the same."""
     monkeypatch.setattr(landscape, "DIRECTIONS", 3)
     monkeypatch.setattr(landscape, "SIDE", 2)
     d, n = 32, 8
@@ -517,8 +506,7 @@ def test_landscape_does_not_depend_on_the_units_of_theta(
 
 
 def test_landscape_is_that_of_the_solutions_in_the_first_table() -> None:
-    """Each seed's own, at the method's best rate: the validation metric is that of its
-    cell."""
+    """Each seed's own, at the method's best rate: its cell has the same metric."""
     around = runs.Record(RESULTS / "landscape.json", {}).content["cells"]
     assert {*around} == {
         f"{m}-{seed}" for m in landscape.METHODS for seed in landscape.SEEDS
@@ -557,8 +545,7 @@ def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) ->
 
 
 def test_other_gauge_has_the_same_update() -> None:
-    """(cB, A/c): equal to rounding, for powers of two bit for bit, and no factor entry
-    is."""
+    """(cB, A/c): equal to rounding, for c = 2^k bit for bit, and no factor's entry is."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     peers.adapt(model, "lora", 0, ["0", "1"])
@@ -578,8 +565,7 @@ def test_other_gauge_has_the_same_update() -> None:
 def test_algebra_from_beginning_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters of one step on the toy tasks already obey the laws that the results are
-    about."""
+    """Adapters of one step on the toy tasks already obey the laws of the results."""
     read_data = train_glue.read_data
 
     def few(args: Any) -> Any:
@@ -648,8 +634,7 @@ def test_updates_combine_linearly() -> None:
 
 # --- Evidence ---
 def test_a_name_has_all_that_varies() -> None:
-    """Cells that differ have other names and commands, and a command asks for what the
-    cell says."""
+    """Other cells have other names and commands, and a command asks for its cell."""
     base = evidence.Cell("stsb", "gpart", 0.015, 10, 23040, 0.1)
     others = [base._replace(task="sst2"), base._replace(method="gpart-noniso")]
     others += [base._replace(lr=0.0150001), base._replace(seed=1)]
@@ -760,8 +745,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_rates_go_on_around_the_best(ran: Any) -> None:
-    """A factor sqrt(3) from the best of five, 3 from the only one; known only when all
-    have been run."""
+    """A factor sqrt(3) from the best of five, 3 from an only one; known once all ran."""
     low, best, high = sorted(evidence.rates("sst2", "unilora"))[-5:-2]
     assert (best / low, high / best) == pytest.approx([3**0.5] * 2, rel=1e-3)
     assert best == 0.005  # of five that results/glue/ has
@@ -776,8 +760,7 @@ def test_rates_go_on_around_the_best(ran: Any) -> None:
 
 
 def test_best_rate_of_a_search(ran: Any) -> None:
-    """The smaller of equals; a run that diverged is the worst; None while one is
-    missing."""
+    """The smaller of equals; one that diverged is worst; None while one is missing."""
     cells = [evidence.Cell("sst2", "c3a", rate) for rate in (0.3, 0.1, 0.2)]
     ran(cells[0], 0.5)
     ran(cells[1], 0.5)

@@ -86,8 +86,7 @@ def test_final_answer_is_the_last_one_given(text: str, answer: str) -> None:
 
 
 def test_answers_are_compared_by_value() -> None:
-    """Numbers and expressions, however they are written; and no answer is never
-    right."""
+    """Numbers and expressions, however they are written; no answer is never right."""
     same = [("$1,000.0", "1000"), ("0.5", "1/2"), ("50\\%", "50"), ("x + 1", "x+1")]
     same += [("\\dfrac{1}{2}", "\\frac12"), ("5\\text{ cm}", "5"), ("72", "72")]
     for got, expected in same:
@@ -128,8 +127,7 @@ def test_loss_does_not_depend_on_the_batches(folder: Path) -> None:
 
 
 def test_generation_does_not_depend_on_the_batch(folder: Path) -> None:
-    """Prompts of different lengths, padded on the left: each continues as it does
-    alone."""
+    """Prompts of several lengths, padded on the left: each continues as if alone."""
     args = train_math.parse(command(folder, "--max-new-tokens", "8"))
     bench = train_math.Bench(args)
     model = train_math.build(args, "none", 0)
@@ -146,8 +144,7 @@ def test_generation_does_not_depend_on_the_batch(folder: Path) -> None:
 def test_exact_match_is_the_share_of_right_answers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that adds up gets all sums right, one that says the same always only
-    those."""
+    """One that adds up gets all sums right, one that always says 8 those that are 8."""
     args = train_math.parse(command(folder))
     bench = train_math.Bench(args)
     model = train_math.build(args, "none", 0)
@@ -176,8 +173,7 @@ def test_exact_match_is_the_share_of_right_answers(
 
 
 def test_best_rate_stops_at_the_first_rise() -> None:
-    """Up while the loss falls, else down, so that the best lies between two that are
-    worse."""
+    """Up while the loss falls, else down: the best lies between two that are worse."""
     for best in (-3, -1, 0, 1, 4):
         seen = []
 

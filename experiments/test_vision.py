@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train_vision.py: Trainer keeps and restores an attached model, and results are what
-was run."""
+"""train_vision.py: Trainer restores an attached model, results are what was run."""
 
 import argparse
 import json
@@ -34,8 +33,7 @@ METHODS = (
 
 @pytest.fixture(autouse=True)
 def quiet_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No hub, the data sets' cache in a folder of its own, and a ViT that pretrains in
-    a second."""
+    """No hub, an own folder for the data sets' cache, a ViT that pretrains in a second."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(train_vision.train_glue, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -95,8 +93,7 @@ class Recorder(transformers.TrainerCallback):
 def test_killed_run_resumes_to_the_same_numbers(
     job: train_vision.Job, method: str, tmp_path: Path
 ) -> None:
-    """From Trainer's checkpoint, in a new model; a checkpoint that was cut short is
-    passed over."""
+    """From Trainer's checkpoint, in a new model; one that was cut short is passed over."""
     whole = trainer_of(job, method, tmp_path / "whole")
     dev = train_vision.fit(whole)
     killed = trainer_of(job, method, tmp_path / "killed")
@@ -137,8 +134,7 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_best_checkpoint_is_restored(
     job: train_vision.Job, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """load_best_model_at_end gives an attached model its theta and head of the best
-    epoch."""
+    """load_best_model_at_end gives back the theta and head of the best epoch."""
     method, *own = method.split(", ")
     monkeypatch.setattr(train_vision, "Trainer", Plain if own else train_vision.Trainer)
     trainer, recorder = trainer_of(job, method, tmp_path), Recorder()
@@ -235,8 +231,7 @@ def digits(output: Path, *more: str) -> list[str]:
 def test_finished_runs_are_kept_and_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is done when a command dies is in the file; the next one runs only what is
-    missing."""
+    """What a command had done when it died is in the file; the next runs the rest."""
     output, real, calls = tmp_path / "vision.json", train_vision.run, []
 
     def counted(job: Any, method: str, rates: Any, seed: int) -> Any:
@@ -270,8 +265,7 @@ def test_finished_runs_are_kept_and_not_run_again(
 def test_search_is_by_the_dev_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First the head's rate, then the method's own; of equals the first; all seeds at
-    the best."""
+    """First the head's rate, then the method's; of equals the first; all seeds at it."""
     devs = {"head-head0.1-seed0": 0.5, "gpart-lr0.2-head0.1-seed0": 0.7}
     ran = []
 
@@ -359,8 +353,7 @@ def command(model: Path, data: Path | str, output: Path, *more: str) -> list[str
 
 @pytest.mark.slow
 def test_folder_of_images_is_learnt(vit: Path, tmp_path: Path) -> None:
-    """A model from a folder, its processor, and class folders of PNG files: three
-    colours."""
+    """A model and its processor from a folder, three colours in folders of PNG files."""
     data = paint(tmp_path / "colours", "train", "test")
     output = tmp_path / "colours.json"
     result = train_vision.main(command(vit, data, output, "--methods", "gpart", "head"))
@@ -417,7 +410,7 @@ def test_columns_are_found_by_their_kind() -> None:
         ("one class", "the data has no ClassLabel column, only image"),
         ("large d", "d must be in 1..N = 1..512, got 513"),
         ("no model", "(--model takes a name on the hub, or a folder)"),
-        ("no targets", "target_modules: no module matches 'nothing'"),
+        ("no targets", "the model has no 'nothing' but"),
         ("half", "--model and --data go together"),
         ("twice", "has one twice"),
         (
