@@ -54,9 +54,11 @@ def fresh_accelerate() -> Iterator[None]:
 )
 def test_results_say_what_they_ran_on(path: Path) -> None:
     """Every result file names its torch and its device, and no path of a machine."""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     assert result["torch"] and result["device"]
-    assert "/tmp" not in path.read_text() and "/home" not in path.read_text()
+    assert "/tmp" not in path.read_text(
+        encoding="utf-8"
+    ) and "/home" not in path.read_text(encoding="utf-8")
 
 
 # --- The peers ---
@@ -215,7 +217,7 @@ def test_every_cell_is_of_todays_budget() -> None:
         task, method, d, rate, seed = re.fullmatch(pattern, path.stem).groups()
         one = (task, method, float(rate), int(seed), int(d or glue_table.D))
         assert glue_table.cell(*one) == path
-        found = json.loads(path.read_text())["settings"]
+        found = json.loads(path.read_text(encoding="utf-8"))["settings"]
         asked = vars(train_glue.parser().parse_args(glue_table.command(*one)))
         for key in ("task", "method", "d", "seeds", "bf16", "max_steps", "max_length"):
             assert found[key] == asked[key], (path.stem, key)
@@ -250,7 +252,7 @@ def test_readme_has_the_tables_of_the_cells() -> None:
     assert glue_table.table(glue_table.TABLE_1) in readme
     others = glue_table.THREE_SEEDS[1:]
     assert glue_table.margins("gpart", others, glue_table.SEEDS) in readme
-    rendered = (glue_table.HERE / "results" / "glue.md").read_text()
+    rendered = (glue_table.HERE / "results" / "glue.md").read_text(encoding="utf-8")
     assert rendered.splitlines()[2] in readme
     rates = glue_table.rate_table()
     assert rates in readme
@@ -259,7 +261,7 @@ def test_readme_has_the_tables_of_the_cells() -> None:
 
 
 def test_margins_pair_the_seeds(cells: Any) -> None:
-    """A spread that both share is no spread of their difference; a hole leaves a hole."""
+    """A spread that both share is none of their difference; a hole leaves a hole."""
     for method, less in (("gpart", 0.0), ("lora", 0.25)):
         for rate in glue_table.rates(method):
             for task in ("stsb", "sst2"):
@@ -343,7 +345,7 @@ def test_readme_has_the_tables_of_the_files() -> None:
     }
     readme = (ROOT / "README.md").read_text()
     for name, table in tables.items():
-        rendered = (RESULTS / f"{name}.md").read_text()
+        rendered = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
         assert table in rendered
         assert table in readme
         assert rendered.splitlines()[2] in readme
@@ -363,7 +365,9 @@ def test_readme_has_the_table_beyond_glue() -> None:
 def test_algebra_holds_on_real_adapters() -> None:
     """Distances and cosines of theta are those of the updates, LoRA's factors' not."""
     record = runs.Record(RESULTS / "algebra.json", {})
-    assert algebra.render(record) == (RESULTS / "algebra.md").read_text()
+    assert algebra.render(record) == (RESULTS / "algebra.md").read_text(
+        encoding="utf-8"
+    )
     cells = record.content["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
     for pair in found["geometry"]["gpart"].values():
@@ -416,7 +420,7 @@ def test_decay_from_beginning_to_end(
     for _ in range(2):
         decay.main()
         assert len(trained) == len({*trained}) == 24
-    rows = (tmp_path / "results" / "decay.md").read_text().splitlines()
+    rows = (tmp_path / "results" / "decay.md").read_text(encoding="utf-8").splitlines()
     assert any(row.startswith("| Adam | N/d = 76.8 | 76.8 |") for row in rows)
     assert any(row.startswith("| AdamW | sqrt(N/d) = 8.76 | 8.76 |") for row in rows)
 
@@ -545,7 +549,7 @@ def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) ->
 
 
 def test_other_gauge_has_the_same_update() -> None:
-    """(cB, A/c): equal to rounding, for c = 2^k bit for bit, and no factor's entry is."""
+    """(cB, A/c): equal to rounding, for c = 2^k bit for bit; no factor's entry is."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
     peers.adapt(model, "lora", 0, ["0", "1"])
@@ -597,7 +601,9 @@ def test_algebra_from_beginning_to_end(
     ]
     monkeypatch.setattr(sys, "argv", argv)
     algebra.main()
-    cells = json.loads((tmp_path / "results" / "algebra.json").read_text())["cells"]
+    cells = json.loads(
+        (tmp_path / "results" / "algebra.json").read_text(encoding="utf-8")
+    )["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
     assert len(found["geometry"]["gpart"]) == len(found["geometry"]["lora"]) == 6
     for pair in found["geometry"]["gpart"].values():
@@ -619,7 +625,9 @@ def test_algebra_from_beginning_to_end(
         algebra, "PARTS", dict.fromkeys(algebra.PARTS)
     )  # nothing is run again
     algebra.main()
-    assert "## Gauge" in (tmp_path / "results" / "algebra.md").read_text()
+    assert "## Gauge" in (tmp_path / "results" / "algebra.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_updates_combine_linearly() -> None:
@@ -745,7 +753,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_rates_go_on_around_the_best(ran: Any) -> None:
-    """A factor sqrt(3) from the best of five, 3 from an only one; known once all ran."""
+    """A factor sqrt(3) from the best of five, 3 from an only one; known at the end."""
     low, best, high = sorted(evidence.rates("sst2", "unilora"))[-5:-2]
     assert (best / low, high / best) == pytest.approx([3**0.5] * 2, rel=1e-3)
     assert best == 0.005  # of five that results/glue/ has

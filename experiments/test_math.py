@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,8 @@ ROWS = [
     for a in range(9)
     for b in range(9)
 ]
-SMALL = [
-    "--max-steps",
-    "8",
-    "--accumulation",
-    "2",
-    "--d",
-    "128",
-    "--target-modules",
-    "o_proj",
-]
+SMALL = ["--max-steps", "8", "--accumulation", "2", "--d", "128"]
+SMALL += ["--target-modules", "o_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
     lines = [json.dumps({"question": q, "answer": a}) for q, a in ROWS]
-    (folder / "sums.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "sums.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
 def command(folder: Path, *more: str) -> list[str]:
     data = str(folder / "sums.jsonl")
     result = ["--train", data, "--test", data, "--model", str(folder / "model"), *SMALL]
-    return [
-        *result,
-        "--work",
-        str(folder / "work"),
-        "--output",
-        str(folder / "out.json"),
-        *more,
-    ]
+    result += ["--work", str(folder / "work"), "--output", str(folder / "out.json")]
+    return [*result, *more]
 
 
 @pytest.mark.parametrize(
@@ -100,25 +87,20 @@ def test_loss_is_on_the_answer_and_its_end_only(folder: Path) -> None:
     """Labels hide the prompt; a row that is too long is left out, not cut."""
     bench = train_math.Bench(train_math.parse(command(folder)))
     (one,) = train_math.encode(bench.tokenizer, ROWS[:1], 100)
-    shown = [
-        i
-        for i, label in zip(one["input_ids"], one["labels"], strict=True)
-        if label != -100
-    ]
-    assert bench.tokenizer.decode(shown) == f" {ROWS[0][1]}<end>"
-    assert bench.tokenizer.decode(one["input_ids"]).startswith(
-        "Question: What is 0 plus 0?"
-    )
-    assert train_math.encode(bench.tokenizer, ROWS[:1], len(one["input_ids"]) - 1) == []
+    ids = one["input_ids"]
+    shown = [i for i, label in zip(ids, one["labels"], strict=True) if label != -100]
+    decode = bench.tokenizer.decode
+    assert decode(shown) == f" {ROWS[0][1]}<end>"
+    assert decode(ids).startswith("Question: What is 0 plus 0?")
+    assert train_math.encode(bench.tokenizer, ROWS[:1], len(ids) - 1) == []
 
 
 def test_loss_does_not_depend_on_the_batches(folder: Path) -> None:
     """The mean over all answer tokens, whatever rows are evaluated together."""
     args = train_math.parse(command(folder))
     bench = train_math.Bench(args)
-    rows = train_math.encode(
-        bench.tokenizer, [(q, a * n) for n, (q, a) in enumerate(ROWS[:20], 1)], 1000
-    )
+    pairs = [(q, a * n) for n, (q, a) in enumerate(ROWS[:20], 1)]
+    rows = train_math.encode(bench.tokenizer, pairs, 1000)
     model = train_math.build(args, "none", 0)
     tokens = [sum(label != -100 for label in row["labels"]) for row in rows]
     alone = [bench.loss(model, [row]) for row in rows]
@@ -131,11 +113,8 @@ def test_generation_does_not_depend_on_the_batch(folder: Path) -> None:
     args = train_math.parse(command(folder, "--max-new-tokens", "8"))
     bench = train_math.Bench(args)
     model = train_math.build(args, "none", 0)
-    questions = [
-        "What?",
-        "What is 1 plus 2?",
-        "What is a long question of many more words than that?",
-    ]
+    long = "What is a long question of many more words than that?"
+    questions = ["What?", "What is 1 plus 2?", long]
     together = bench.generate(model, questions)
     assert together == [bench.generate(model, [question])[0] for question in questions]
     assert len({*together}) > 1 and all(together)
@@ -152,12 +131,9 @@ def test_exact_match_is_the_share_of_right_answers(
     def answering(answer: Any) -> Any:
         def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
             prompts = bench.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-            out = bench.tokenizer(
-                [f"#### {answer(p)}" for p in prompts],
-                padding=True,
-                padding_side="right",
-                return_tensors="pt",
-            )
+            texts = [f"#### {answer(prompt)}" for prompt in prompts]
+            right = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+            out = bench.tokenizer(texts, **right)
             return torch.cat([input_ids, out["input_ids"]], 1)
 
         return generate
@@ -179,19 +155,15 @@ def test_best_rate_stops_at_the_first_rise() -> None:
 
         def loss_at(rate: float, best: int = best, seen: list[float] = seen) -> float:
             seen.append(rate)
-            return abs(
-                torch.tensor(rate / 2e-4).log().div(torch.tensor(3.0).log()).item()
-                - best
-            )
+            return abs(math.log(rate / 2e-4, 3.0) - best)
 
-        assert train_math.best_rate(2e-4, loss_at) == pytest.approx(
-            2e-4 * 3.0**best, rel=0.01
-        )
-        assert min(seen) < 2e-4 * 3.0**best < max(seen) or best in (0,)
+        expected = 2e-4 * 3.0**best
+        assert train_math.best_rate(2e-4, loss_at) == pytest.approx(expected, rel=0.01)
+        assert min(seen) < expected < max(seen) or best == 0
 
 
 def runs_of(folder: Path, name: str = "out.json") -> Any:
-    return json.loads((folder / name).read_text())["cells"]
+    return json.loads((folder / name).read_text(encoding="utf-8"))["cells"]
 
 
 @pytest.mark.slow
@@ -214,16 +186,8 @@ def test_every_method_learns_and_is_not_run_again(folder: Path, capsys: Any) -> 
 @pytest.mark.slow
 def test_run_that_diverges_is_a_result(folder: Path, tmp_path: Path) -> None:
     """The search goes on with other rates, and the table says nan."""
-    more = (
-        "--seeds",
-        "0",
-        "--lr",
-        "1e38",
-        "--methods",
-        "gpart",
-        "--output",
-        str(tmp_path / "a"),
-    )
+    more = ["--seeds", "0", "--lr", "1e38", "--methods", "gpart"]
+    more += ["--output", str(tmp_path / "a")]
     assert train_math.main(command(folder, *more)).splitlines()[-1].endswith("| nan |")
     assert runs_of(tmp_path, "a")["gpart-lr1e+38-seed0"]["dev"] is None
 
@@ -232,16 +196,13 @@ def test_mistakes_are_one_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was got, what is allowed, the way out; nothing is written."""
-    (tmp_path / "other.jsonl").write_text(
-        '{"question": "a", "answer": 5}\n\n{"text": "a"}\n'
-    )
-    (tmp_path / "torn.json").write_text('{"settings": 1')
+    other, torn = tmp_path / "other.jsonl", tmp_path / "torn.json"
+    lines = '{"question": "a", "answer": 5}\n\n{"text": "a"}\n'
+    other.write_text(lines, encoding="utf-8")
+    torn.write_text('{"settings": 1', encoding="utf-8")
     data, new = str(folder / "sums.jsonl"), str(tmp_path / "new.json")
     cases = [
-        (
-            ["--train", str(tmp_path / "other.jsonl")],
-            "line 3 is {'text': 'a'}: it must have",
-        ),
+        (["--train", str(other)], "line 3 is {'text': 'a'}: it must have"),
         (["--train", str(tmp_path / "none.jsonl")], "No such file"),
         (["--test", data, data], "two of them would both be called"),
         (["--d", "10000000"], "d must be in 1..N = 1..2048"),
@@ -250,7 +211,7 @@ def test_mistakes_are_one_line(
         (["--target-modules", "query"], "the model has no 'query' but"),
         (["--seeds", "0", "0"], "has one twice"),
         (["--epochs", "1"], "--epochs and --max-steps are two ways"),
-        (["--output", str(tmp_path / "torn.json")], "torn.json is no results file"),
+        (["--output", str(torn)], "torn.json is no results file"),
     ]
     for more, message in cases:
         with pytest.raises(SystemExit):
@@ -280,8 +241,10 @@ def test_smollm2_is_a_plain_float32_model() -> None:
 
 def test_readme_has_the_table() -> None:
     """Of the file that is there."""
-    content = json.loads((train_math.HERE / "results" / "math.json").read_text())
-    assert train_math.table(content) in (train_math.HERE / "README.md").read_text()
+    here = train_math.HERE
+    results = (here / "results" / "math.json").read_text(encoding="utf-8")
+    readme = (here / "README.md").read_text(encoding="utf-8")
+    assert train_math.table(json.loads(results)) in readme
 
 
 # --- The Trainer on an attached model ---
@@ -300,13 +263,9 @@ def test_killed_run_resumes_to_the_same_numbers(
     more = ["--seeds", "0", "--lr", "0.05", "--methods", method, "--save-steps", "2"]
 
     def again(name: str, *other: str) -> Any:
-        output = (
-            "--work",
-            str(tmp_path / name),
-            "--output",
-            str(tmp_path / f"{name}.json"),
-        )
-        train_math.main(command(folder, *more, *output, *other))
+        work, output = str(tmp_path / name), str(tmp_path / f"{name}.json")
+        here = ["--work", work, "--output", output]
+        train_math.main(command(folder, *more, *here, *other))
         one = runs_of(tmp_path, f"{name}.json")[f"{method}-lr0.05-seed0"]
         return {key: one[key] for key in ("dev", "test")}
 
@@ -320,15 +279,16 @@ def test_killed_run_resumes_to_the_same_numbers(
     (left.parent / "checkpoint-6").mkdir()  # cut short
     seen: list[str | None] = []
     found = train_math.runs.last_checkpoint
-    monkeypatch.setattr(
-        train_math.runs,
-        "last_checkpoint",
-        lambda path: seen.append(found(path)) or seen[-1],
-    )
+
+    def seeing(path: Path) -> str | None:
+        seen.append(found(path))
+        return seen[-1]
+
+    monkeypatch.setattr(train_math.runs, "last_checkpoint", seeing)
     assert again("killed") == whole
     assert seen == [str(left)] and not left.exists()
     left.mkdir()
-    (left / "trainer_state.json").write_text("{}")
+    (left / "trainer_state.json").write_text("{}", encoding="utf-8")
     (tmp_path / "killed.json").unlink()
     assert again("killed", "--train-rows", "9") != whole
     assert seen[1:] == [None]

@@ -16,24 +16,16 @@ from PIL import Image
 import gpart
 from experiments import train_vision
 
-TINY = {
-    **train_vision.VIT,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "intermediate_size": 32,
-}
+TINY = {**train_vision.VIT, "hidden_size": 16, "num_hidden_layers": 1}
+TINY |= {"intermediate_size": 32}
 RECIPE = {"d": 64, "epochs": 4, "batch_size": 16, "accumulate": 2, "weight_decay": 0.01}
 RECIPE |= {"bf16": False, "workers": 0, "target_modules": None}
-METHODS = (
-    "gpart",
-    "head",
-    *(m for m in train_vision.METHODS if m in ("unilora", "lora")),
-)
+METHODS = ("gpart", "head", "unilora", "lora")
 
 
 @pytest.fixture(autouse=True)
 def quiet_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No hub, an own folder for the data sets' cache, a ViT that pretrains in a second."""
+    """No hub, a folder for the data sets' cache, a ViT that pretrains in a second."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(train_vision.train_glue, "hub_reachable", lambda: False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -51,9 +43,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> train_vision.Job:
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**TINY))
     model.save_pretrained(path)
     splits = {part: rows[:96] for part, rows in train_vision.digits("turned").items()}
-    return train_vision.Job(
-        argparse.Namespace(**RECIPE), splits, 10, str(path), "tiny", path
-    )
+    args = argparse.Namespace(**RECIPE)
+    return train_vision.Job(args, splits, 10, str(path), "tiny", path)
 
 
 def trainer_of(
@@ -80,12 +71,8 @@ class Recorder(transformers.TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
     ) -> None:
-        self.seen.append(
-            {
-                n: p.detach().clone()
-                for n, p in train_vision.train_glue.trainable(model).items()
-            }
-        )
+        trained = train_vision.train_glue.trainable(model)
+        self.seen.append({name: p.detach().clone() for name, p in trained.items()})
 
 
 @pytest.mark.slow
@@ -93,7 +80,7 @@ class Recorder(transformers.TrainerCallback):
 def test_killed_run_resumes_to_the_same_numbers(
     job: train_vision.Job, method: str, tmp_path: Path
 ) -> None:
-    """From Trainer's checkpoint, in a new model; one that was cut short is passed over."""
+    """From Trainer's checkpoint, in a new model; one cut short is passed over."""
     whole = trainer_of(job, method, tmp_path / "whole")
     dev = train_vision.fit(whole)
     killed = trainer_of(job, method, tmp_path / "killed")
@@ -104,14 +91,12 @@ def test_killed_run_resumes_to_the_same_numbers(
     resumed, recorder = trainer_of(job, method, tmp_path / "killed"), Recorder()
     resumed.add_callback(recorder)
     assert train_vision.fit(resumed) == dev
-    assert (
-        len(recorder.seen) == 3
-    )  # after the third and the fourth epoch, and at the end
+    # After the third and the fourth epoch, and at the end.
+    assert len(recorder.seen) == 3
     assert resumed.state.global_step == whole.state.global_step == 4 * 3
-    for name, p in train_vision.train_glue.trainable(whole.model).items():
-        assert torch.equal(train_vision.train_glue.trainable(resumed.model)[name], p), (
-            name
-        )
+    trained = train_vision.train_glue.trainable
+    for name, p in trained(whole.model).items():
+        assert torch.equal(trained(resumed.model)[name], p), name
 
 
 class Plain(train_vision.Trainer):
@@ -123,10 +108,8 @@ class Plain(train_vision.Trainer):
 @pytest.fixture
 def falling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every evaluation is worse than the one before, so the first epoch is the best."""
-    values = iter(range(100, 0, -1))
-    monkeypatch.setattr(
-        train_vision, "accuracy", lambda output: {"accuracy": next(values) / 100}
-    )
+    values = ({"accuracy": k / 100} for k in range(100, 0, -1))
+    monkeypatch.setattr(train_vision, "accuracy", lambda output: next(values))
 
 
 @pytest.mark.usefixtures("falling")
@@ -141,9 +124,8 @@ def test_best_checkpoint_is_restored(
     trainer.add_callback(recorder)
     trainer.train()
     first, *_, last = recorder.seen
-    assert any("theta" in name or "lora" in name for name in first) == (
-        method != "head"
-    )
+    adapts = any("theta" in name or "lora" in name for name in first)
+    assert adapts == (method != "head")
     for name, p in train_vision.train_glue.trainable(trainer.model).items():
         assert torch.equal(p, first[name]) and not torch.equal(p, last[name]), name
 
@@ -153,12 +135,10 @@ def test_best_checkpoint_that_is_not_restored_is_an_error(
 ) -> None:
     """fit compares the dev accuracy of the restored model with the best one's."""
     trainer = trainer_of(job, "gpart", tmp_path)
-    monkeypatch.setattr(
-        trainer, "_load_best_model", lambda: trainer.model.gpart.theta.data.zero_()
-    )
-    with pytest.raises(
-        RuntimeError, match=r"was 0\.\d+ at the best checkpoint, restored it is 0"
-    ):
+    forget = trainer.model.gpart.theta.data.zero_
+    monkeypatch.setattr(trainer, "_load_best_model", forget)
+    message = r"was 0\.\d+ at the best checkpoint, restored it is 0"
+    with pytest.raises(RuntimeError, match=message):
         train_vision.fit(trainer)
 
 
@@ -177,9 +157,7 @@ def test_rates_are_those_of_body_and_head(
 def test_rows_that_are_not_finite_are_wrong() -> None:
     """Whatever argmax makes of them."""
     logits = np.array([[1.0, 0.0], [np.nan, 0.0], [np.inf, 0.0], [1.0, 0.0]])
-    output = transformers.EvalPrediction(
-        predictions=logits, label_ids=np.array([0, 0, 0, 1])
-    )
+    output = transformers.EvalPrediction(logits, np.array([0, 0, 0, 1]))
     assert train_vision.accuracy(output) == {"accuracy": 0.25}
 
 
@@ -189,17 +167,14 @@ def test_adapter_that_loads_otherwise_is_an_error(
 ) -> None:
     """A run whose reloaded or merged model classifies otherwise reports nothing."""
     monkeypatch.setattr(job, "work", tmp_path)
+    message = "classifies the test images otherwise"
     with monkeypatch.context() as patch:
         patch.setattr(gpart, "load", lambda model, path: None)
-        with pytest.raises(
-            RuntimeError, match="reloaded, classifies the test images otherwise"
-        ):
+        with pytest.raises(RuntimeError, match=f"reloaded, {message}"):
             train_vision.run(job, "gpart", (0.05, 0.05), 0)
     with monkeypatch.context() as patch:
         patch.setattr(gpart, "merge", lambda model: model.gpart.theta.detach().neg_())
-        with pytest.raises(
-            RuntimeError, match="merged, classifies the test images otherwise"
-        ):
+        with pytest.raises(RuntimeError, match=f"merged, {message}"):
             train_vision.run(job, "gpart", (0.05, 0.05), 0)
 
 
@@ -215,16 +190,8 @@ def test_run_that_diverges_is_a_result(
 # --- The command ---
 def digits(output: Path, *more: str) -> list[str]:
     command = ["--epochs", "1", "--methods", "gpart", "--d", "64", "--lr", "0.05"]
-    return [
-        *command,
-        "--head-lr",
-        "0.05",
-        "--work",
-        str(output.parent),
-        "--output",
-        str(output),
-        *more,
-    ]
+    command += ["--head-lr", "0.05", "--work", str(output.parent)]
+    return [*command, "--output", str(output), *more]
 
 
 @pytest.mark.slow
@@ -244,17 +211,17 @@ def test_finished_runs_are_kept_and_not_run_again(
     monkeypatch.setattr(train_vision, "run", counted)
     with pytest.raises(KeyboardInterrupt):
         train_vision.main(digits(output, "--seeds", "0", "1"))
-    assert [*json.loads(output.read_text())["cells"]] == ["gpart-lr0.05-head0.05-seed0"]
+    done = json.loads(output.read_text(encoding="utf-8"))["cells"]
+    assert [*done] == ["gpart-lr0.05-head0.05-seed0"]
     train_vision.main(digits(output, "--seeds", "0", "1"))
     assert calls == [0, None, 1]
     monkeypatch.delattr(train_vision, "prepare")
-    before = output.read_text()
+    before = output.read_text(encoding="utf-8")
     result = train_vision.main(digits(output, "--seeds", "0", "1"))
-    assert calls == [0, None, 1] and output.read_text() == before
+    assert calls == [0, None, 1] and output.read_text(encoding="utf-8") == before
     assert "nothing was trained" in capsys.readouterr().out
-    again = train_vision.main(
-        digits(output, "--seeds", "0")
-    )  # a row keeps the seeds it has
+    again = train_vision.main(digits(output, "--seeds", "0"))
+    # A row keeps the seeds it has.
     assert calls == [0, None, 1] and again["chosen"] == result["chosen"]
     values = [100 * cell["test"] for cell in result["cells"].values()]
     row = train_vision.table(result).splitlines()[-1]
@@ -265,39 +232,24 @@ def test_finished_runs_are_kept_and_not_run_again(
 def test_search_is_by_the_dev_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First the head's rate, then the method's; of equals the first; all seeds at it."""
+    """First the head's rate, then the method's own; of equals the first."""
     devs = {"head-head0.1-seed0": 0.5, "gpart-lr0.2-head0.1-seed0": 0.7}
     ran = []
 
     def fake(job: Any, method: str, rates: Any, seed: int) -> dict[str, Any]:
         ran.append(train_vision.cell_name(method, rates, seed))
-        versions = {"torch": "none"}
-        result = {
-            "dev": devs.get(ran[-1], 0.4),
-            "test": 0.1,
-            "versions": versions,
-            "device": "no",
-        }
+        result = {"dev": devs.get(ran[-1], 0.4), "test": 0.1}
+        result |= {"versions": {"torch": "none"}, "device": "no"}
         return result | {"trained": 1, "trained_head": 2}
 
+    def prepared(args: Any, result: dict[str, Any]) -> bool:
+        result["majority"] = 0.1
+        return True
+
     monkeypatch.setattr(train_vision, "run", fake)
-    monkeypatch.setattr(
-        train_vision,
-        "prepare",
-        lambda args, result: result.update(majority=0.1) or True,
-    )
-    rates = [
-        "--head-lr",
-        "0.01",
-        "0.1",
-        "--lr",
-        "0.1",
-        "0.2",
-        "0.4",
-        "--seeds",
-        "0",
-        "1",
-    ]
+    monkeypatch.setattr(train_vision, "prepare", prepared)
+    rates = ["--head-lr", "0.01", "0.1", "--lr", "0.1", "0.2", "0.4"]
+    rates += ["--seeds", "0", "1"]
     train_vision.main([*digits(tmp_path / "vision.json"), *rates])
     searched = [f"gpart-lr{rate}-head0.1-seed0" for rate in (0.1, 0.2, 0.4)]
     assert ran[:2] == ["head-head0.01-seed0", "head-head0.1-seed0"]
@@ -318,42 +270,28 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def paint(folder: Path, *parts: str, classes: int = 3) -> Path:
     """PNG files, 12 x 10, each class with a colour of its own."""
-    draw = torch.Generator().manual_seed(0)
+    draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.uint8}
     for part in parts:
         for k in range(classes):
-            (folder / part / f"colour{k}").mkdir(parents=True)
+            own = folder / part / f"colour{k}"
+            own.mkdir(parents=True)
             for i in range(12):
-                pixels = torch.randint(
-                    0, 60, (12, 10, 3), generator=draw, dtype=torch.uint8
-                )
+                pixels = torch.randint(0, 60, (12, 10, 3), **draw)
                 pixels[..., k] += 180
-                Image.fromarray(pixels.numpy()).save(
-                    folder / part / f"colour{k}" / f"{i}.png"
-                )
+                Image.fromarray(pixels.numpy()).save(own / f"{i}.png")
     return folder
 
 
 def command(model: Path, data: Path | str, output: Path, *more: str) -> list[str]:
     names = ["--model", str(model), "--data", str(data), "--output", str(output)]
-    recipe = [
-        "--d",
-        "64",
-        "--epochs",
-        "6",
-        "--batch-size",
-        "8",
-        "--accumulate",
-        "1",
-        "--lr",
-        "0.1",
-    ]
-    recipe += ["--head-lr", "0.05", "--seeds", "0", "--workers", "0"]
+    recipe = ["--d", "64", "--epochs", "6", "--batch-size", "8", "--accumulate", "1"]
+    recipe += ["--lr", "0.1", "--head-lr", "0.05", "--seeds", "0", "--workers", "0"]
     return [*names, *recipe, "--work", str(output.parent / "work"), *more]
 
 
 @pytest.mark.slow
 def test_folder_of_images_is_learnt(vit: Path, tmp_path: Path) -> None:
-    """A model and its processor from a folder, three colours in folders of PNG files."""
+    """A model and its processor from a folder, three colours from PNG files."""
     data = paint(tmp_path / "colours", "train", "test")
     output = tmp_path / "colours.json"
     result = train_vision.main(command(vit, data, output, "--methods", "gpart", "head"))
@@ -362,61 +300,44 @@ def test_folder_of_images_is_learnt(vit: Path, tmp_path: Path) -> None:
     assert result["majority"] == pytest.approx(1 / 3)
     assert [cell["test"] for cell in result["cells"].values()] == [1.0, 1.0]
     assert [cell["trained"] for cell in result["cells"].values()] == [64, 0]
-    (adapter,) = (tmp_path / "work").glob(
-        "*/gpart-lr0.1-head0.05-seed0/adapter.safetensors"
-    )
-    model = transformers.ViTForImageClassification.from_pretrained(
-        vit, num_labels=3, ignore_mismatched_sizes=True
-    )
+    run = "gpart-lr0.1-head0.05-seed0"
+    (adapter,) = (tmp_path / "work").glob(f"*/{run}/adapter.safetensors")
+    three = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    model = transformers.ViTForImageClassification.from_pretrained(vit, **three)
     assert gpart.load(model, adapter).partition.d == 64
     assert not list((tmp_path / "work").glob("**/checkpoint-*"))
 
 
 def test_columns_are_found_by_their_kind() -> None:
     """The only image and class columns; of several, one has to be named."""
-    two = datasets.Features(
-        {
-            "img": datasets.Image(),
-            "fine_label": datasets.ClassLabel(num_classes=9),
-            "coarse_label": datasets.ClassLabel(num_classes=3),
-        }
-    )
-    assert train_vision.column(two, datasets.Image, None, "--image-column") == "img"
-    label = train_vision.column(
-        two, datasets.ClassLabel, "fine_label", "--label-column"
-    )
-    assert label == "fine_label"
+    image, label = datasets.Image, datasets.ClassLabel
+    fine, coarse = label(num_classes=9), label(num_classes=3)
+    two = {"img": image(), "fine_label": fine, "coarse_label": coarse}
+    two = datasets.Features(two)
+    column = train_vision.column
+    assert column(two, image, None, "--image-column") == "img"
+    assert column(two, label, "fine_label", "--label-column") == "fine_label"
+    message = r"one of the ClassLabel columns \['fine_label', 'coar"
     for given in (None, "img"):
-        with pytest.raises(
-            ValueError, match=r"one of the ClassLabel columns \['fine_label', 'coar"
-        ):
-            train_vision.column(two, datasets.ClassLabel, given, "--label-column")
+        with pytest.raises(ValueError, match=message):
+            column(two, label, given, "--label-column")
 
 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (
-            "unknown name",
-            "--data DDT is no folder, no OWNER/NAME and none of OxfordPets",
-        ),
+        ("unknown name", "--data DDT is no folder, no OWNER/NAME and none of Oxford"),
         ("missing folder", "no folder, no OWNER/NAME and none of OxfordPets"),
         ("unreachable", "cannot load --data nobody/nothing: "),
         ("no test", "has train, but no test"),
-        (
-            "no classes",
-            "has images without a class in train: a folder needs train/CLASS and test/CLASS",
-        ),
+        ("no classes", "without a class in train: a folder needs train/CLASS and test"),
         ("one class", "the data has no ClassLabel column, only image"),
         ("large d", "d must be in 1..N = 1..512, got 513"),
         ("no model", "(--model takes a name on the hub, or a folder)"),
         ("no targets", "the model has no 'nothing' but"),
         ("half", "--model and --data go together"),
         ("twice", "has one twice"),
-        (
-            "other settings",
-            "has runs with another d, epochs: delete it, or write to another file",
-        ),
+        ("other settings", "has runs with another d, epochs: delete it, or write to"),
     ],
 )
 def test_errors_are_one_line(
@@ -437,23 +358,18 @@ def test_errors_are_one_line(
                 Image.new("RGB", (8, 8)).save(tmp_path / "flat" / part / f"{k}.png")
     if case == "other settings":
         settings = dict.fromkeys(train_vision.SETTINGS)
-        settings |= {
-            "model": str(vit),
-            "data": str(good),
-            "batch_size": 8,
-            "accumulate": 1,
-        }
-        settings |= {"weight_decay": 0.01, "bf16": False}
-        output.write_text(json.dumps({"settings": settings, "cells": {}}))
+        settings |= {"model": str(vit), "data": str(good), "weight_decay": 0.01}
+        settings |= {"batch_size": 8, "accumulate": 1, "bf16": False}
+        content = {"settings": settings, "cells": {}}
+        output.write_text(json.dumps(content), encoding="utf-8")
+    one = paint(tmp_path / "one", "train", "test", classes=1)
     argv = {
         "unknown name": command(vit, "DDT", output),
         "missing folder": command(vit, tmp_path / "nowhere", output),
         "unreachable": command(vit, "nobody/nothing", output),
         "no test": command(vit, paint(tmp_path / "half", "train"), output),
         "no classes": command(vit, tmp_path / "flat", output),
-        "one class": command(
-            vit, paint(tmp_path / "one", "train", "test", classes=1), output
-        ),
+        "one class": command(vit, one, output),
         "large d": command(vit, good, output, "--d", "513"),
         "no model": command(tmp_path / "none", good, output),
         "no targets": command(vit, good, output, "--target-modules", "nothing"),
@@ -470,8 +386,10 @@ def test_errors_are_one_line(
 
 def test_readme_has_the_table_of_the_result_file() -> None:
     """Every number, and the versions they come from."""
-    result = json.loads((train_vision.HERE / "results" / "vision.json").read_text())
-    readme = (train_vision.HERE / "README.md").read_text()
+    here = train_vision.HERE
+    result = (here / "results" / "vision.json").read_text(encoding="utf-8")
+    result = json.loads(result)
+    readme = (here / "README.md").read_text(encoding="utf-8")
     assert train_vision.table(result) in readme
     for cell in result["cells"].values():
         for module, version in cell["versions"].items():
