@@ -41,6 +41,10 @@ RESULTS = Path(__file__).parent / "results"
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant")  # PEFT's SHiRA
 
 
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the precision of its first user, and refuses another one."""
@@ -49,32 +53,29 @@ def fresh_accelerate() -> Iterator[None]:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.name)
 def test_results_say_what_they_ran_on(path: Path) -> None:
     """Every result file names its torch and its device, and no path of a machine."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(read(path))
     assert result["torch"] and result["device"]
-    assert "/tmp" not in path.read_text(
-        encoding="utf-8"
-    ) and "/home" not in path.read_text(encoding="utf-8")
+    assert "/tmp" not in read(path) and "/home" not in read(path)
 
 
 # --- The peers ---
+def trained_numbers(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def test_peers_train_as_many_numbers_as_published() -> None:
     """On RoBERTa-base's query and value: the counts of the paper's Table 1."""
     expected = {"unilora": 23040, "lora": 294912, "vera": 43008, "fourierft": 24000}
     expected["bitfit"] = 102144
     for method, numbers in expected.items():
+        settings = transformers.RobertaConfig()
         with torch.device("meta"):
-            model = transformers.RobertaModel(
-                transformers.RobertaConfig(), add_pooling_layer=False
-            )
+            model = transformers.RobertaModel(settings, add_pooling_layer=False)
         peers.adapt(model, method, 23040, ["query", "value"])
-        assert (
-            sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
-        ), method
+        assert trained_numbers(model) == numbers, method
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -83,19 +84,16 @@ def test_every_side_of_the_bench_trains(side: str) -> None:
     """Two steps move every trained tensor, and nothing else."""
     one = bench.Side(side, "tiny", 2, 8, "fp32", "cpu")
     one.optimizer.param_groups[0]["lr"] = 0.1
-    before = {name: p.detach().clone() for name, p in one.model.named_parameters()}
+    named = dict(one.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
     for _ in range(2):  # LoRA's A has no gradient while B is zero
         assert one.step() > 0
-    moved = {
-        n for n, p in one.model.named_parameters() if not torch.equal(p, before[n])
-    }
-    still = {n for n, p in one.model.named_parameters() if p.requires_grad} ^ moved
-    # the key's bias shifts all scores of a query alike, and few tokens and positions
-    # occur
+    moved = {name for name, p in named.items() if not torch.equal(p, before[name])}
+    still = {name for name, p in named.items() if p.requires_grad} ^ moved
+    # A bias of the keys shifts all scores of a query alike.
     assert all(side == "full" and "key.bias" in name for name in still), still
-    assert bench.adapter_bytes(side, one.model) > 4 * sum(
-        p.numel() for p in one.trained
-    )
+    size = bench.adapter_bytes(side, one.model)
+    assert size > 4 * sum(p.numel() for p in one.trained)
 
 
 def test_scaling_refuses_a_formula_that_is_off() -> None:
@@ -114,9 +112,7 @@ def test_peers_of_size_d_train_d_numbers() -> None:
     for method, numbers in expected.items():
         model = transformers.BertModel(settings, add_pooling_layer=False)
         peers.adapt(model, method, 23040, ["query", "value"])
-        assert (
-            sum(p.numel() for p in model.parameters() if p.requires_grad) == numbers
-        ), method
+        assert trained_numbers(model) == numbers, method
 
 
 @pytest.mark.parametrize("method", ["unilora", "vera", "fourierft", "shira", "waveft"])
@@ -146,7 +142,8 @@ def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         task: str, method: str, rate: float, seed: int, metric: float | None
     ) -> None:
         content = {"dev": metric, "metric": metric, "trainable": 7}
-        glue_table.cell(task, method, rate, seed).write_text(json.dumps(content))
+        path = glue_table.cell(task, method, rate, seed)
+        path.write_text(json.dumps(content), encoding="utf-8")
 
     return put
 
@@ -154,9 +151,8 @@ def cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_best_rate_is_the_best_mean_of_two_tasks(cells: Any) -> None:
     """None before all ten runs are there; a run that diverged counts as the worst."""
     five = glue_table.rates("lora")
-    assert sorted(five) == pytest.approx(
-        [5e-4 * 3.0**k for k in range(-2, 3)], rel=1e-2
-    )
+    powers = [5e-4 * 3.0**k for k in range(-2, 3)]
+    assert sorted(five) == pytest.approx(powers, rel=1e-2)
     for k, rate in enumerate(five):
         assert glue_table.best_rate("lora") is None
         cells("stsb", "lora", rate, 0, 0.9 if k == 1 else 0.6)
@@ -186,10 +182,8 @@ def test_good_rates_are_good_on_both_tasks(cells: Any) -> None:
 def test_rates_of_both_variants_take_the_same_steps() -> None:
     """A step of lr moves a weight by lr / sqrt(n), without isometry by lr."""
     shrink = (glue_table.N / glue_table.D) ** 0.5
-    pairs = zip(
-        glue_table.rates("gpart"), glue_table.rates("gpart-noniso"), strict=True
-    )
-    assert all(a == pytest.approx(b * shrink, rel=0.01) for a, b in pairs)
+    scaled = [rate * shrink for rate in glue_table.rates("gpart-noniso")]
+    assert [*glue_table.rates("gpart")] == pytest.approx(scaled, rel=0.01)
 
 
 def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
@@ -201,9 +195,8 @@ def test_table_says_how_many_seeds_it_has(cells: Any) -> None:
     for seed, value in ((0, 0.5), (1, 0.7), (2, 0.6)):
         for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
             cells(task, "gpart", best, seed, value)
-    row = glue_table.table({"gpart": (0, 1, 2), "vera": (0,)}).splitlines()[
-        -1
-    ]  # none of VeRA yet
+    table = glue_table.table({"gpart": (0, 1, 2), "vera": (0,)})
+    row = table.splitlines()[-1]  # GPart's: there is none of VeRA yet
     assert row.startswith("| GPart | 7 | 0.045 | 60.0 ± 10.0 | ")
     assert row.endswith("| 60.0 ± 14.1 (2 of 3) | 60.0 |")
 
@@ -217,7 +210,7 @@ def test_every_cell_is_of_todays_budget() -> None:
         task, method, d, rate, seed = re.fullmatch(pattern, path.stem).groups()
         one = (task, method, float(rate), int(seed), int(d or glue_table.D))
         assert glue_table.cell(*one) == path
-        found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        found = json.loads(read(path))["settings"]
         asked = vars(train_glue.parser().parse_args(glue_table.command(*one)))
         for key in ("task", "method", "d", "seeds", "bf16", "max_steps", "max_length"):
             assert found[key] == asked[key], (path.stem, key)
@@ -248,11 +241,11 @@ def test_head_beside_an_adapter_has_the_rate_of_the_head_alone() -> None:
 
 def test_readme_has_the_tables_of_the_cells() -> None:
     """Table 1, the margins, and how many runs and hours they took."""
-    readme = (ROOT / "README.md").read_text()
+    readme = read(ROOT / "README.md")
     assert glue_table.table(glue_table.TABLE_1) in readme
     others = glue_table.THREE_SEEDS[1:]
     assert glue_table.margins("gpart", others, glue_table.SEEDS) in readme
-    rendered = (glue_table.HERE / "results" / "glue.md").read_text(encoding="utf-8")
+    rendered = read(glue_table.HERE / "results" / "glue.md")
     assert rendered.splitlines()[2] in readme
     rates = glue_table.rate_table()
     assert rates in readme
@@ -266,11 +259,10 @@ def test_margins_pair_the_seeds(cells: Any) -> None:
         for rate in glue_table.rates(method):
             for task in ("stsb", "sst2"):
                 cells(task, method, rate, 0, rate)
+        best = glue_table.best_rate(method)
         for seed, value in ((0, 0.5), (1, 0.75), (2, 1.0)):
             for task in [*glue_table.TASKS][: 5 - (seed == 2)]:
-                cells(
-                    task, method, glue_table.best_rate(method) or 0, seed, value - less
-                )
+                cells(task, method, best, seed, value - less)
     row = glue_table.margins("gpart", ("lora",), (0, 1, 2)).splitlines()[-1]
     assert row == f"| LoRA, rank 8 | {'+25.0 ± 0.0 | ' * 4} |  |"
     cells("cola", "gpart", glue_table.best_rate("gpart") or 0, 2, None)  # diverged: 0
@@ -303,11 +295,10 @@ def test_a_folder_that_is_not_there_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before a process is started for any cell; a folder that is there is taken."""
-    monkeypatch.setattr(sys, "argv", ["glue_table", "--data-dir", str(tmp_path)])
+    command = ["glue_table", "--data-dir"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
     assert glue_table.parse(None).data_dir == str(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["glue_table", "--data-dir", str(tmp_path / "none")]
-    )
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         glue_table.parse(None)
     assert "none: no such folder; it takes" in capsys.readouterr().err
@@ -332,9 +323,8 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
 
 def test_readme_has_the_tables_of_the_files() -> None:
     """Of dimension, landscape and decay: every number, and what measured it."""
-    around, decays = (
-        runs.Record(RESULTS / f"{name}.json", {}) for name in ("landscape", "decay")
-    )
+    around = runs.Record(RESULTS / "landscape.json", {})
+    decays = runs.Record(RESULTS / "decay.json", {})
     names = {*decays.content["cells"]}
     kinds = {kind: decay.curves(decays, "nowhere", kind) for kind in decay.DECAYS}
     assert names == {*decays.content["cells"]}  # nothing was trained
@@ -343,9 +333,9 @@ def test_readme_has_the_tables_of_the_files() -> None:
         "landscape": landscape.table(around.content["cells"]),
         "decay": decay.table(kinds),
     }
-    readme = (ROOT / "README.md").read_text()
+    readme = read(ROOT / "README.md")
     for name, table in tables.items():
-        rendered = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+        rendered = read(RESULTS / f"{name}.md")
         assert table in rendered
         assert table in readme
         assert rendered.splitlines()[2] in readme
@@ -358,16 +348,14 @@ def test_readme_has_the_tables_of_the_files() -> None:
 def test_readme_has_the_table_beyond_glue() -> None:
     """Every number of it from the three result files."""
     for table in (beyond.table(), beyond.margins()):
-        assert table in (ROOT / "README.md").read_text()
-        assert table in (RESULTS / "beyond.md").read_text()
+        assert table in read(ROOT / "README.md")
+        assert table in read(RESULTS / "beyond.md")
 
 
 def test_algebra_holds_on_real_adapters() -> None:
     """Distances and cosines of theta are those of the updates, LoRA's factors' not."""
     record = runs.Record(RESULTS / "algebra.json", {})
-    assert algebra.render(record) == (RESULTS / "algebra.md").read_text(
-        encoding="utf-8"
-    )
+    assert algebra.render(record) == read(RESULTS / "algebra.md")
     cells = record.content["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
     for pair in found["geometry"]["gpart"].values():
@@ -375,10 +363,8 @@ def test_algebra_holds_on_real_adapters() -> None:
     for pair in found["geometry"]["lora"].values():
         assert pair["coordinates"]["distance"] > 1.1 * pair["update"]["distance"]
     assert found["nest"]["update changed by"] < 1e-6
-    assert (
-        found["gauge"]["c = 10"]["update"]["distance"]
-        < 1e-6 * found["gauge"]["norms"]["update"]
-    )
+    gauge = found["gauge"]
+    assert gauge["c = 10"]["update"]["distance"] < 1e-6 * gauge["norms"]["update"]
 
 
 # --- Decay and landscape ---
@@ -420,7 +406,7 @@ def test_decay_from_beginning_to_end(
     for _ in range(2):
         decay.main()
         assert len(trained) == len({*trained}) == 24
-    rows = (tmp_path / "results" / "decay.md").read_text(encoding="utf-8").splitlines()
+    rows = read(tmp_path / "results" / "decay.md").splitlines()
     assert any(row.startswith("| Adam | N/d = 76.8 | 76.8 |") for row in rows)
     assert any(row.startswith("| AdamW | sqrt(N/d) = 8.76 | 8.76 |") for row in rows)
 
@@ -444,10 +430,8 @@ def test_landscape_measures_the_hessian() -> None:
     loss = landscape.Loss.__new__(landscape.Loss)
     loss.theta = torch.nn.Parameter(torch.randn(6, generator=draw))
     loss.start = loss.theta.detach().clone()
-    loss.model, loss.batches = (
-        Quadratic(A, loss.theta),
-        [{"offset": 1.0}, {"offset": 3.0}],
-    )
+    loss.model = Quadratic(A, loss.theta)
+    loss.batches = [{"offset": 1.0}, {"offset": 3.0}]
     torch.testing.assert_close(loss.hessian(u), A @ u)
     assert loss.at(u) == pytest.approx(float(u @ A @ u / 2 + 2), rel=1e-5)
     assert torch.equal(loss.theta, loss.start)
@@ -483,28 +467,23 @@ def test_landscape_does_not_depend_on_the_units_of_theta(
         found[isometric] = landscape.measure(loss)
     top = torch.linalg.eigvalsh(A).flip(0)[:5].tolist()
     for isometric, result in found.items():
-        assert result["top"] == pytest.approx(
-            [t * (1 if isometric else n) for t in top], rel=1e-3
-        )
+        scaled = [value * (1 if isometric else n) for value in top]
+        assert result["top"] == pytest.approx(scaled, rel=1e-3)
         assert result["top per weight distance"] == pytest.approx(top, rel=1e-2)
     ratios = [result["ratio"] for result in found.values()]
     assert ratios == pytest.approx(ratios[:1] * 2, rel=1e-3)
     assert json.loads(json.dumps(found[True])) == found[True]
-    methods = {"gpart": found[True], "unilora": found[False]}
-    cells = {
-        f"{method}-{seed}": cell
-        for method, cell in methods.items()
-        for seed in range(3)
-    }
+    cells = {f"gpart-{seed}": found[True] for seed in range(3)}
+    cells |= {f"unilora-{seed}": found[False] for seed in range(3)}
     rows = [line.split(" | ") for line in landscape.table(cells).splitlines()]
-    (scale,) = (row[3] for row in rows if row[0] == "| largest eigenvalue")
-    assert [float(x) for x in scale.rstrip(" |").split(", ")] == pytest.approx(
-        [n] * 3, rel=1e-2
-    )
-    same = [
-        float(x) for x in rows[-1][3].rstrip(" |").split(", ")
-    ]  # per weight distance
-    assert same == pytest.approx([1] * 3, rel=2e-2)
+
+    def ratios_of(row: list[str]) -> list[float]:
+        return [float(x) for x in row[3].rstrip(" |").split(", ")]
+
+    (largest,) = (row for row in rows if row[0] == "| largest eigenvalue")
+    assert ratios_of(largest) == pytest.approx([n] * 3, rel=1e-2)
+    per_weight_distance = rows[-1]
+    assert ratios_of(per_weight_distance) == pytest.approx([1] * 3, rel=2e-2)
     first = landscape.spectra(cells).splitlines()[2].split(" | ")
     assert [float(x) for x in first[2].split(", ")] == pytest.approx(top, rel=1e-2)
 
@@ -512,36 +491,31 @@ def test_landscape_does_not_depend_on_the_units_of_theta(
 def test_landscape_is_that_of_the_solutions_in_the_first_table() -> None:
     """Each seed's own, at the method's best rate: its cell has the same metric."""
     around = runs.Record(RESULTS / "landscape.json", {}).content["cells"]
-    assert {*around} == {
-        f"{m}-{seed}" for m in landscape.METHODS for seed in landscape.SEEDS
-    }
-    for name, cell in around.items():
-        method, seed = name.split("-")
-        assert cell["metric"] == pytest.approx(
-            glue_table.score("stsb", method, int(seed))
-        )
+    assert len(around) == len(landscape.METHODS) * len(landscape.SEEDS)
+    for method in landscape.METHODS:
+        for seed in landscape.SEEDS:
+            score = glue_table.score("stsb", method, seed)
+            assert around[f"{method}-{seed}"]["metric"] == pytest.approx(score)
 
 
 def test_landscape_measures_the_rise_of_the_loss() -> None:
     """The mean over a grid, above the loss in its middle."""
     flat, bowl = [[2.0] * 3] * 3, [[4.0, 3.0, 4.0], [3.0, 2.0, 3.0], [4.0, 3.0, 4.0]]
-    assert landscape.rises({"loss": 2.0, "grids": [flat, bowl]}) == pytest.approx(
-        [0, 12 / 9]
-    )
+    rises = landscape.rises({"loss": 2.0, "grids": [flat, bowl]})
+    assert rises == pytest.approx([0, 12 / 9])
 
 
 # --- Algebra ---
 @pytest.mark.parametrize("isometric", [True, False])
 @pytest.mark.parametrize(
-    ("N", "d", "k"), [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)]
+    "N, d, k", [(12, 1, 12), (13, 2, 3), (1000, 7, 9), (60, 60, 1)]
 )
 def test_embedding_leaves_the_update(N: int, d: int, k: int, isometric: bool) -> None:
     """theta in d groups and embedded in k d groups move every weight alike."""
     coarse = gpart.Partition(N, d, seed=3, isometric=isometric)
     fine = gpart.Partition(N, k * d, seed=3, isometric=isometric)
-    theta = torch.randn(
-        d, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    draw = torch.Generator().manual_seed(0)
+    theta = torch.randn(d, generator=draw, dtype=torch.float64)
     embedded = algebra.embed(theta, coarse, fine)
     torch.testing.assert_close(fine.expand(embedded), coarse.expand(theta))
     if isometric:
@@ -577,10 +551,8 @@ def test_algebra_from_beginning_to_end(
         return train[:100], test[:20], source
 
     monkeypatch.setattr(train_glue, "read_data", few)
-    short = {
-        task: ["--max-steps", "1", "--max-length", "16"] for task in glue_table.BUDGET
-    }
-    monkeypatch.setattr(glue_table, "BUDGET", short)
+    short = ["--max-steps", "1", "--max-length", "16"]
+    monkeypatch.setattr(glue_table, "BUDGET", dict.fromkeys(glue_table.BUDGET, short))
     command = glue_table.command  # but for bf16, which is slow where a CPU lacks it
 
     def float32(*one: Any) -> list[str]:
@@ -592,18 +564,10 @@ def test_algebra_from_beginning_to_end(
     monkeypatch.setattr(algebra, "HERE", tmp_path)
     monkeypatch.setattr(algebra, "STEPS", 1)
     (tmp_path / "results").mkdir()
-    argv = [
-        "algebra",
-        "--data-dir",
-        str(ROOT / "toy_glue"),
-        "--work",
-        str(tmp_path),
-    ]
+    argv = ["algebra", "--data-dir", str(ROOT / "toy_glue"), "--work", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     algebra.main()
-    cells = json.loads(
-        (tmp_path / "results" / "algebra.json").read_text(encoding="utf-8")
-    )["cells"]
+    cells = json.loads(read(tmp_path / "results" / "algebra.json"))["cells"]
     found = {name: cell["found"] for name, cell in cells.items()}
     assert len(found["geometry"]["gpart"]) == len(found["geometry"]["lora"]) == 6
     for pair in found["geometry"]["gpart"].values():
@@ -616,18 +580,12 @@ def test_algebra_from_beginning_to_end(
         assert rows["d = 1,440"]["norm"] < rows["d = 368,640"]["norm"]
     assert found["nest"]["update changed by"] < 1e-6
     assert found["nest"]["embedded"] == pytest.approx(found["nest"]["before"], abs=0.02)
-    assert found["gauge"]["c = 10"]["factors"]["distance"] > 1
-    assert (
-        found["gauge"]["c = 10"]["update"]["distance"]
-        < 1e-5 * found["gauge"]["norms"]["update"]
-    )
-    monkeypatch.setattr(
-        algebra, "PARTS", dict.fromkeys(algebra.PARTS)
-    )  # nothing is run again
-    algebra.main()
-    assert "## Gauge" in (tmp_path / "results" / "algebra.md").read_text(
-        encoding="utf-8"
-    )
+    gauge = found["gauge"]
+    assert gauge["c = 10"]["factors"]["distance"] > 1
+    assert gauge["c = 10"]["update"]["distance"] < 1e-5 * gauge["norms"]["update"]
+    monkeypatch.setattr(algebra, "PARTS", dict.fromkeys(algebra.PARTS))
+    algebra.main()  # runs nothing again
+    assert "## Gauge" in read(tmp_path / "results" / "algebra.md")
 
 
 def test_updates_combine_linearly() -> None:
@@ -662,12 +620,11 @@ def test_every_result_is_of_the_run_that_its_name_says() -> None:
     """Settings, command and commit; a loss unless it diverged."""
     pattern = r"(\w+?)-(.+)-d(\d+)-lr(.+)-wd(.+)-p(\d\d)-seed(\d\d)"
     for path in evidence.CELLS.glob("*.json"):
-        task, method, d, lr, decay, part, seed = re.fullmatch(
-            pattern, path.stem
-        ).groups()
+        found = re.fullmatch(pattern, path.stem)
+        task, method, d, lr, decay, part, seed = found.groups()
         assert part == seed
         cell = evidence.Cell(task, method, float(lr), int(seed), int(d), float(decay))
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read(path))
         ran = result["command"]
         if method == "c3a":  # a seed that it ignores was not yet refused then
             ran = ran.replace(f" --partition-seed {cell.seed}", "")
@@ -686,9 +643,8 @@ def test_rate_sum_is_that_of_the_schedule() -> None:
     """transformers' own, warmup included."""
     for steps in (240, 150, 17):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-        schedule = transformers.get_linear_schedule_with_warmup(
-            optimizer, round(0.06 * steps), steps
-        )
+        linear, warmup = transformers.get_linear_schedule_with_warmup, 0.06 * steps
+        schedule = linear(optimizer, round(warmup), steps)
         total = 0.0
         for _ in range(steps):
             total += optimizer.param_groups[0]["lr"]
@@ -715,20 +671,17 @@ def test_three_doses_are_three_things(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_loss_is_the_models_own() -> None:
     """For a score and for classes: the mean over all rows, of batches of any size."""
     for task in ("stsb", "mrpc"):
-        args = train_glue.parser().parse_args(["--task", task, "--method", "full"])
-        args.max_length = 32
-        rows, _, _ = train_glue.read_data(
-            argparse.Namespace(task=task, data_dir=str(ROOT / "toy_glue"), paper=False)
-        )
+        command = ["--task", task, "--method", "full", "--max-length", "32"]
+        args = train_glue.parser().parse_args(command)
+        toy = {"task": task, "data_dir": str(ROOT / "toy_glue"), "paper": False}
+        rows, _, _ = train_glue.read_data(argparse.Namespace(**toy))
         rows = rows[:70]  # one batch of 64, and 6
         model = train_glue.build(args, 0).eval()
         path = train_glue.model_path(args.model)
-        bench = train_glue.Bench(
-            args,
-            train_glue.TASKS[task],
-            transformers.AutoTokenizer.from_pretrained(path),
-            accelerate.Accelerator(cpu=True),
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        accelerator = accelerate.Accelerator(cpu=True)
+        spec = train_glue.TASKS[task]
+        bench = train_glue.Bench(args, spec, tokenizer, accelerator)
         with torch.no_grad():
             expected = model(**bench.encode(rows)).loss
         metric, loss = bench.measure(model, rows)
@@ -844,18 +797,18 @@ def test_paper_dose_counts_its_rows() -> None:
     """The rows that are left to train on are those of the results."""
     for task in ("mrpc", "stsb"):
         path = glue_table.cell(task, "gpart", 0.015, 0)
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]["train"]
+        rows = json.loads(read(path))["rows"]["train"]
         assert verdicts.PAPER[task][0] == rows
 
 
 def test_report_has_the_tables_of_the_runs() -> None:
     """results/evidence.md and isometry.md are what the scripts make of the files."""
-    found = (RESULTS / "evidence.md").read_text(encoding="utf-8")
+    found = read(RESULTS / "evidence.md")
     assert found == verdicts.render()
-    content = json.loads((RESULTS / "isometry.json").read_text(encoding="utf-8"))
+    content = json.loads(read(RESULTS / "isometry.json"))
     table = isometry.table(content["methods"])
-    assert table in (RESULTS / "isometry.md").read_text(encoding="utf-8")
-    assert table in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert table in read(RESULTS / "isometry.md")
+    assert table in read(RESULTS.parent / "README.md")
 
 
 # --- Isometry ---
