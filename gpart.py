@@ -514,7 +514,8 @@ def adapter_of(model):
     """The adapter and the model's own tensors."""
     own = own_tensors(model)
     adapter = model._modules.get("gpart")
-    require(isinstance(adapter, GPart), "no adapter here: attach, and pass the model")
+    found = isinstance(adapter, GPart)
+    require(found, "no adapter here: attach one, and pass the model")
     return adapter, own
 
 
