@@ -189,7 +189,7 @@ T5 = {
     "vocab_size": 64,
 }
 VIT = {**WIDTHS, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-DEBERTA = {**SIZE, **NO_DROPOUT, "relative_attention": True, "position_buckets": 4}
+DEBERTA = {**SIZE, **NO_DROPOUT, "relative_attention": True}
 DEBERTA |= {"pos_att_type": ["p2c", "c2p"]}
 LONGFORMER = {**SIZE, **NO_DROPOUT, "attention_window": 4}
 SWIN = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [1, 1]}
@@ -233,7 +233,7 @@ MODELS = {
     "mpnet": Case(
         transformer("MPNet", "Model", **SIZE), IDS, ("q", "q.bias", "v", "v.bias")
     ),
-    "deberta": Case(transformer("DebertaV2", "Model", **DEBERTA), IDS, ALL, train=True),
+    "deberta": Case(transformer("Deberta", "Model", **DEBERTA), IDS, ALL, train=True),
     "longformer": Case(
         transformer("Longformer", "Model", **LONGFORMER),
         {"input_ids": TOKENS[:1]},
