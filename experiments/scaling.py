@@ -8,8 +8,7 @@ T trained numbers (GPart: d; LoRA: r (in + out) for each matrix; full fine-tunin
 in bytes:
 
     DDP reduce   4 T                           gradients, all-reduced
-    FSDP gather  4 (A - A_root) + 2 A_root     bf16; a layer in both passes, the root
-                                               once
+    FSDP gather  4 (A - A_root) + 2 A_root     bf16; layers in both passes, root once
     FSDP reduce  2 T, GPart 4 d                bf16; theta is no shard, stays float32
     state, full  4 A + 12 A                    12: gradient, Adam's moments in float32
       LoRA       b A + 4 T + 12 T              its factors in float32

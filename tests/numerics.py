@@ -12,7 +12,8 @@ attached or merged, has few bits below W's leading one, and an update smaller th
 the last one is rounded away or up:
 
     moved       weights that differ from W at all
-    kept        <w - W, P theta> / ||P theta||^2: 1 if rounding is unbiased over all
+    kept        <w - W, P theta> / ||P theta||^2: 1 if rounding is unbiased over the
+                weights
     noise       ||w - W - P theta|| / ||P theta||
     effect      error of the change in the logits, relative to that change in float32
     theta 16    error of the update alone, without W, if theta and it were 16-bit

@@ -1228,7 +1228,9 @@ def test_a_file_is_whole_at_any_moment(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x"
     train_glue.atomically(path, lambda part: part.write_text("old", encoding="utf-8"))
     with pytest.raises(ZeroDivisionError):
-        train_glue.atomically(path, lambda part: part.write_text("n") / 0)
+        train_glue.atomically(
+            path, lambda part: part.write_text("n", encoding="utf-8") / 0
+        )
     assert path.read_text(encoding="utf-8") == "old"
 
 
