@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.nn.utils import parametrize
 
 import gpart
 from gpart import attach
@@ -118,6 +119,15 @@ def encoder():
     """torch's own, whose fast path hands the weights of a layer to one C++ call."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
+
+
+def wav2vec2(**config):
+    """Without its weight norm, which refuses pickle with an adapter or without."""
+    model = hf.Wav2Vec2Model(hf.Wav2Vec2Config(**config))
+    conv = model.encoder.pos_conv_embed.conv
+    parametrize.remove_parametrizations(conv, "weight")
+    conv._load_state_dict_pre_hooks.clear()
+    return model
 
 
 def transformer(name, task, **config):
@@ -252,9 +262,7 @@ MODELS = {
         transformer("ViT", "ForImageClassification", **VIT), IMAGE, ALL, save=HEAD
     ),
     "swin2": Case(transformer("Swinv2", "Model", **SWIN), IMAGE, ALL, train=True),
-    "wav2vec2": Case(
-        transformer("Wav2Vec2", "Model", **WAV2VEC2), SOUND, ALL, train=True
-    ),
+    "wav2vec2": Case(lambda: wav2vec2(**WAV2VEC2), SOUND, ALL, train=True),
     "torch-encoder": Case(encoder, X, EVERYTHING),
     "torch-encoder-train": Case(encoder, X, EVERYTHING, train=True),
     "conv-embedding": Case(
