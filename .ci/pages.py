@@ -15,7 +15,12 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", "course/integrations.md")
+PAGES = (
+    "README.md",
+    "experiments/README.md",
+    "tests/README.md",
+    "course/integrations.md",
+)
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", flags=re.DOTALL)
 
 

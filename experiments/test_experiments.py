@@ -23,7 +23,6 @@ import train_glue
 from experiments import (
     algebra,
     bench,
-    beyond,
     decay,
     dimension,
     evidence,
@@ -33,6 +32,8 @@ from experiments import (
     peers,
     runs,
     scaling,
+    train_math,
+    train_vision,
     verdicts,
 )
 
@@ -43,6 +44,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant")  # PEFT's SHi
 
 def read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
+
+
+def results(name: str) -> Any:
+    return json.loads(read(RESULTS / f"{name}.json"))
 
 
 @pytest.fixture(autouse=True)
@@ -239,18 +244,13 @@ def test_head_beside_an_adapter_has_the_rate_of_the_head_alone() -> None:
         assert (args.lr, args.head_lr) == (0.1, glue_table.best_rate("head"))
 
 
-def test_readme_has_the_tables_of_the_cells() -> None:
-    """Table 1, the margins, and how many runs and hours they took."""
-    readme = read(ROOT / "README.md")
-    assert glue_table.table(glue_table.TABLE_1) in readme
+def test_glue_md_has_the_tables_of_the_cells() -> None:
+    """Table 1, the margins and the rates."""
+    page = read(RESULTS / "glue.md")
+    assert glue_table.table(glue_table.TABLE_1) in page
     others = glue_table.THREE_SEEDS[1:]
-    assert glue_table.margins("gpart", others, glue_table.SEEDS) in readme
-    rendered = read(glue_table.HERE / "results" / "glue.md")
-    assert rendered.splitlines()[2] in readme
-    rates = glue_table.rate_table()
-    assert rates in readme
-    assert rates in rendered
-    assert glue_table.table(glue_table.TABLE_1) in rendered
+    assert glue_table.margins("gpart", others, glue_table.SEEDS) in page
+    assert glue_table.rate_table() in page
 
 
 def test_margins_pair_the_seeds(cells: Any) -> None:
@@ -321,8 +321,8 @@ def test_plateau_is_what_is_within_a_point_of_the_best() -> None:
     assert dimension.plateau([(d, {"metric": m}) for d, m in cells]) == [90, 360, 5760]
 
 
-def test_readme_has_the_tables_of_the_files() -> None:
-    """Of dimension, landscape and decay: every number, and what measured it."""
+def test_pages_have_the_tables_of_their_files() -> None:
+    """Of dimension, landscape, decay and isometry."""
     around = runs.Record(RESULTS / "landscape.json", {})
     decays = runs.Record(RESULTS / "decay.json", {})
     names = {*decays.content["cells"]}
@@ -332,26 +332,159 @@ def test_readme_has_the_tables_of_the_files() -> None:
         "dimension": dimension.table(),
         "landscape": landscape.table(around.content["cells"]),
         "decay": decay.table(kinds),
+        "isometry": isometry.table(results("isometry")["methods"]),
     }
-    readme = read(ROOT / "README.md")
     for name, table in tables.items():
-        rendered = read(RESULTS / f"{name}.md")
-        assert table in rendered
-        assert table in readme
-        assert rendered.splitlines()[2] in readme
-    assert dimension.took() in readme
-    assert around.ran_on in readme
-    assert decays.ran_on in readme
+        assert table in read(RESULTS / f"{name}.md")
+
+
+# --- The report ---
+REPORT = read(RESULTS.parent / "README.md")
+
+
+def test_every_table_of_the_report_is_of_a_result() -> None:
+    """Each row stands in a page of results/, or is made from a file there; but for the
+    list of verdicts and that of the scripts."""
+    made = [
+        *map(read, RESULTS.glob("*.md")),
+        *(bench.table(case) for case in results("bench-cpu")["cases"]),
+        train_math.table(results("math")),
+        train_vision.table(results("vision")),
+    ]
+    rows = {row for text in made for row in text.splitlines()}
+    tables = re.findall(r"(?:^\|.*\n)+", REPORT, flags=re.MULTILINE)
+    own = ("| question | verdict |", "| script | what it shows |")
+    tables = [table for table in tables if not table.startswith(own)]
+    assert len(tables) > 10
+    for table in tables:
+        assert [row for row in table.splitlines() if row not in rows] == []
+
+
+def test_report_lists_every_script() -> None:
+    """What can be run is in the table at the top."""
+    named = {*re.findall(r"`(\w+)", REPORT[: REPORT.index("## GLUE")])}
+    files = RESULTS.parent.glob("*.py")
+    scripts = {path.stem for path in files if "\nif __name__ ==" in read(path)}
+    assert scripts and scripts <= named
+
+
+def test_report_says_what_the_runs_took() -> None:
+    """The line below the title of each page, as it stands there."""
+    for name in ("glue", "dimension", "landscape", "decay"):
+        assert read(RESULTS / f"{name}.md").splitlines()[2] in REPORT
+    assert dimension.took() in REPORT
+
+
+def test_report_has_the_intervals() -> None:
+    """95 %, of GPart minus its rivals in three pairs: of a task or of the mean of
+    several, of the language model and of the vision transformer."""
+
+    def glue(other: str, *tasks: str) -> list[float]:
+        scores = {
+            method: [
+                100 * statistics.fmean(glue_table.score(t, method, seed) for t in tasks)
+                for seed in glue_table.SEEDS
+            ]
+            for method in ("gpart", other)
+        }
+        return [a - b for a, b in zip(scores["gpart"], scores[other], strict=True)]
+
+    def beyond(name: str, other: str, score: Any) -> list[float]:
+        content = results(name)
+        scores = {
+            method: [score(content["cells"][cell]["test"]) for cell in chosen["cells"]]
+            for method, chosen in content["chosen"].items()
+        }
+        return [a - b for a, b in zip(scores["gpart"], scores[other], strict=True)]
+
+    three = ("stsb", "sst2", "mrpc")
+    points = [
+        glue("head", "stsb"),
+        glue("gpart-noniso", "stsb"),
+        glue("lora", "stsb"),
+        glue("unilora", *three),
+        *(glue("unilora", task) for task in (*three, "cola")),
+        *(beyond("vision", other, lambda x: 100 * x) for other in ("unilora", "head")),
+    ]
+    loss = lambda test: next(iter(test.values()))["loss"]  # noqa: E731
+    nats = [beyond("math", other, loss) for other in ("unilora", "lora")]
+    for digits, every in ((1, points), (4, nats)):
+        for values in every:
+            found = verdicts.interval(values)
+            mean, low, high = (f"{x:+.{digits}f}" for x in found[:3])
+            assert f"{mean} [{low}, {high}]" in REPORT
+
+
+def test_report_quotes_the_files() -> None:
+    """Of a step, serving, scale and d: the figures that stand in a sentence."""
+    (case,) = results("bench-cpu")["cases"]
+    low, step, high = case["rows"]["gpart"]["to_dense"]
+    serving, models = results("serving"), results("scale")["models"]
+    ms = {name: 1e3 * value for name, value in serving["seconds"].items()}
+    slower = {
+        side: [serving["forward_to_plain"][f"{side}, {n}"] for n in (1, 16, 128)]
+        for side in ("gpart", "lora")
+    }
+    ids = [
+        1e9 * row["groups_seconds"] / row["N"] for row in results("scale")["partition"]
+    ]
+    base, large = models["RoBERTa-base"], models["RoBERTa-large"]
+    llama = models["Llama 3 8B, by matrix"]
+    curves = {
+        curve: [
+            cell["metric"]
+            for task in dimension.TASKS
+            for d, cell in dimension.found(task, curve)
+            if d != glue_table.D
+        ]
+        for curve in ("scaled", "fixed")
+    }
+    pairs = [*zip(curves["scaled"], curves["fixed"], strict=True)]
+    for quote in (
+        f"{step:.3f} of it, quartiles {low:.2f} to {high:.2f}",
+        f"{case['rows']['gpart']['to_unilora'][1]:.2f} of its time",
+        f"from a file takes {ms['file gpart']:.1f} ms (LoRA {ms['file lora']:.0f})",
+        f"from memory {ms['memory gpart']:.2f} ms ({ms['memory lora']:.1f})",
+        f"weights {ms['merged gpart']:.0f} ms ({ms['merged lora']:.0f})",
+        "{:.2f}, {:.2f} and {:.2f} of the plain".format(*slower["gpart"]),
+        "(LoRA {:.2f}, {:.2f}, {:.2f})".format(*slower["lora"]),
+        f"{min(ids):.0f} to {max(ids):.0f} ns a weight",
+        f"attach takes {base['attach']:.1f} s and load {base['load']:.1f} s",
+        f"{large['attach']:.1f} and {large['load']:.1f} s for RoBERTa-large",
+        f"meta device in {llama['attach']:.2f} s",
+        f"ids then take {llama['ids']:.0f} s and the update {llama['merge']:.0f} s",
+        f"at {sum(a > b for a, b in pairs)} of {len(pairs)} points",
+    ):
+        assert quote in " ".join(REPORT.split())
+
+
+@pytest.mark.parametrize("folder", ["experiments", "tests"])
+def test_report_links_to_what_is_there(folder: str) -> None:
+    """Files, figures, and its own sections; so does the page of the tests."""
+    page = ROOT / folder / "README.md"
+    text = read(page)
+    titles = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    sections = {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in sections
+        else:
+            assert (page.parent / target).exists(), target
+
+
+def test_page_of_the_tests_has_the_table_of_numerics() -> None:
+    """tests/README.md, from tests/results/numerics.json."""
+    page = read(ROOT / "tests" / "README.md")
+    content = json.loads(read(ROOT / "tests" / "results" / "numerics.json"))
+    for row in content["rows"]:
+        base, theta = row.pop("base"), row.pop("theta")
+        cells = " | ".join(f"{x:.3g}" for x in row.values())
+        assert f"| {base} | x {theta:g} | {cells} |" in page
 
 
 # --- Beyond GLUE ---
-def test_readme_has_the_table_beyond_glue() -> None:
-    """Every number of it from the three result files."""
-    for table in (beyond.table(), beyond.margins()):
-        assert table in read(ROOT / "README.md")
-        assert table in read(RESULTS / "beyond.md")
-
-
 def test_algebra_holds_on_real_adapters() -> None:
     """Distances and cosines of theta are those of the updates, LoRA's factors' not."""
     record = runs.Record(RESULTS / "algebra.json", {})
@@ -801,14 +934,9 @@ def test_paper_dose_counts_its_rows() -> None:
         assert verdicts.PAPER[task][0] == rows
 
 
-def test_report_has_the_tables_of_the_runs() -> None:
-    """results/evidence.md and isometry.md are what the scripts make of the files."""
-    found = read(RESULTS / "evidence.md")
-    assert found == verdicts.render()
-    content = json.loads(read(RESULTS / "isometry.json"))
-    table = isometry.table(content["methods"])
-    assert table in read(RESULTS / "isometry.md")
-    assert table in read(RESULTS.parent / "README.md")
+def test_evidence_md_is_of_the_runs() -> None:
+    """The whole page is what the script makes of the files."""
+    assert read(RESULTS / "evidence.md") == verdicts.render()
 
 
 # --- Isometry ---
