@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is exact and what is rounded, in each dtype: where P theta is computed, where it
-is rounded, and what comes back bit for bit."""
+"""In which dtype P theta, P^T w and W + P theta are computed, and where rounded.
+
+That W comes back bit for bit is in test_life_cycle.py, files in test_storage.py.
+"""
 
 import copy
 import math
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from gpart import Partition, attach, detach, disabled, load, merge, save, unmerge
+from gpart import Partition, attach, merge
 from test_properties import SEEDS, dense, partitions, vectors
 from tests.models import backward, dense_gradient, oracle, parameters
 
@@ -97,7 +99,7 @@ def adapters(draw):
     Two Linears on the fused or the plain path, an Embedding, a Conv1d, and a bias; the
     last Linear may be trained whole instead.
     """
-    a, b, c = draw(st.tuples(*[st.integers(1, 4)] * 3))
+    a, b, c = draw(st.tuples(*[st.integers(1, 6)] * 3))
     pristine = nn.Sequential(
         nn.Embedding(5, a),
         nn.Linear(a, b),
@@ -123,7 +125,7 @@ def adapters(draw):
         model = copy.deepcopy(pristine)
         adapter = attach(
             model,
-            draw(st.integers(1, N) | st.just(N)),
+            draw(st.integers(1, 6).map(lambda k: min(k, N)) | st.integers(1, N)),
             seed=draw(SEEDS),
             target_modules=targets,
             modules_to_save=heads,
@@ -135,16 +137,6 @@ def adapters(draw):
 
 
 INPUTS = torch.arange(12).view(4, 3) % 5
-
-
-@given(adapters())
-def test_training_starts_at_the_pretrained_model(case):
-    """theta = 0: P theta = 0, and the output is the pretrained network's."""
-    pristine, model, adapter = case
-    nn.init.zeros_(adapter.theta)
-    assert torch.equal(model(INPUTS), pristine(INPUTS))
-    for delta in adapter.delta().values():
-        assert torch.equal(delta, torch.zeros_like(delta))
 
 
 @given(adapters())
@@ -175,74 +167,12 @@ def test_delta_is_P_theta_in_float32(case):
 
 
 @given(adapters())
-def test_gradient_is_in_float32_or_wider(case):
-    """theta.grad is float32, and P^T of the gradients of an ordinary network."""
+def test_gradient_is_summed_in_float32_or_wider(case):
+    """theta.grad is float32, and P^T of an ordinary network's gradients in W's dtype:
+    they are rounded to it once, and not again in the sum."""
     pristine, model, adapter = case
     ordinary = oracle(pristine, adapter)
     backward(model(INPUTS))
     backward(ordinary(INPUTS))
     expected = dense_gradient(ordinary, adapter).float()
-    dtype = next(ordinary.parameters()).dtype
-    eps = 100 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    assert_close(adapter.theta.grad, expected, rtol=eps, atol=eps)
-
-
-# --- There and back, bit for bit ---
-@given(adapters(), st.integers(1, 4))
-def test_unmerge_is_exact_however_often(case, times):
-    """unmerge gives back W bit for bit, also where W + P theta - P theta would not."""
-    pristine, model, _ = case
-    for _ in range(times):
-        merge(model)
-        unmerge(model)
-        assert_same_bits(model, pristine)
-
-
-@given(adapters())
-def test_merging_keeps_the_function(case):
-    """f(merged) = f(attached), f(disabled) = f(detached) = f(pretrained)."""
-    pristine, model, _ = case
-    attached, pretrained = model(INPUTS).detach(), pristine(INPUTS)
-    with disabled(model):
-        assert torch.equal(model(INPUTS), pretrained)
-    assert torch.equal(model(INPUTS), attached)
-    merge(model)
-    assert torch.equal(model(INPUTS), attached)
-    detach(model)
-    assert torch.equal(model(INPUTS), pretrained)
-    assert_same_bits(model, pristine)
-
-
-@given(adapters(), st.booleans())
-def test_detach_with_merge_leaves_what_merge_leaves(case, merged):
-    """Bit for bit, merged before or not."""
-    _, model, _ = case
-    other = copy.deepcopy(model)
-    merge(other)
-    if merged:
-        merge(model)
-    detach(model, merge=True)
-    assert_same_bits(model, other)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tmp_path_factory.mktemp("numerics") / "adapter.safetensors"
-
-
-@given(case=adapters(), merged=st.booleans())
-def test_load_gives_the_same_bits(path, case, merged):
-    """Saved attached or merged, loaded into the pretrained network or over another
-    theta: the same theta, head and W + P theta."""
-    pristine, model, adapter = case
-    overwritten = copy.deepcopy(model)
-    nn.init.ones_(overwritten.gpart.theta)
-    if merged:
-        merge(model)
-    save(model, path)
-    if not merged:
-        merge(model)
-    for other in (pristine, overwritten):
-        assert torch.equal(bits(load(other, path).theta), bits(adapter.theta))
-        merge(other)
-        assert_same_bits(other, model)
+    assert_close(adapter.theta.grad, expected, rtol=1e-5, atol=1e-5)
