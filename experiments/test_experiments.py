@@ -340,6 +340,7 @@ def test_pages_have_the_tables_of_their_files() -> None:
 
 # --- The report ---
 REPORT = read(RESULTS.parent / "README.md")
+SENTENCES = " ".join(REPORT.split())
 
 
 def test_every_table_of_the_report_is_of_a_result() -> None:
@@ -412,7 +413,7 @@ def test_report_has_the_intervals() -> None:
         for values in every:
             found = verdicts.interval(values)
             mean, low, high = (f"{x:+.{digits}f}" for x in found[:3])
-            assert f"{mean} [{low}, {high}]" in REPORT
+            assert f"{mean} [{low}, {high}]" in SENTENCES
 
 
 def test_report_quotes_the_files() -> None:
@@ -455,7 +456,7 @@ def test_report_quotes_the_files() -> None:
         f"ids then take {llama['ids']:.0f} s and the update {llama['merge']:.0f} s",
         f"at {sum(a > b for a, b in pairs)} of {len(pairs)} points",
     ):
-        assert quote in " ".join(REPORT.split())
+        assert quote in SENTENCES
 
 
 @pytest.mark.parametrize("folder", ["experiments", "tests"])
