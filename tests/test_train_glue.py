@@ -1290,7 +1290,7 @@ def test_two_processes_share_the_rows_of_one(world: World, task: str) -> None:
     flags = ("--task", task, "--model", calm)
     pathlib.Path("worker.py").write_text(WORKER, encoding="utf-8")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "worker.py"]
+    launch += ["--nproc-per-node", "2", "--", "worker.py"]  # --d is not its own
     command = [*launch, *world.command(*flags, "--output", "two")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(command, env=env, check=True)
