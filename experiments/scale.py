@@ -13,6 +13,7 @@
 Writes results/scale.json.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -86,6 +87,7 @@ def run(what: str, N: int) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     began, rows = time.monotonic(), []
     for N in SIZES:
         row: dict[str, float] = {"N": N}

@@ -26,6 +26,7 @@ all storages alive between the optimizer's step and zero_grad. FSDP's shares of 
 state and DDP's buckets are not counted. The 8B and 70B models are on the meta device.
 """
 
+import argparse
 import gc
 import json
 import platform
@@ -231,6 +232,7 @@ def formula_text() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     small = sizes(build("full", "roberta-base", "cpu"), ["query", "value"], 23040)
     confirmed = {}

@@ -16,6 +16,7 @@ and the forward passes of one sequence of 1, 16 and 128 tokens are what a reques
 then: an attached GPart rebuilds W + P theta whatever the number of tokens.
 """
 
+import argparse
 import json
 import platform
 import random
@@ -38,6 +39,7 @@ ROUNDS, LENGTHS = 25, (1, 16, 128)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     g, lora = (build(side, "roberta-base", "cpu").eval() for side in ("gpart", "lora"))
     plain = build("full", "roberta-base", "cpu").eval()
     draw = torch.Generator().manual_seed(0)

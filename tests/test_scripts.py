@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of experiments/ and tests/ as a stranger meets them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import EXTRAS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("experiments", "tests")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8") and path.name[:5] != "test_"
+]
+
+
+def call(folder: pathlib.Path, script: str, path: pathlib.Path = ROOT) -> tuple:
+    """(exit code, output, errors) of `python -m script --help` in that folder."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(ROOT)])}
+    command = [sys.executable, "-m", script, "--help"]
+    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return run.returncode, run.stdout, run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_prints_help_and_starts_nothing(
+    script: str, tmp_path: pathlib.Path
+) -> None:
+    """What the script is about, its flags, and no file."""
+    before = {path: path.stat().st_mtime_ns for path in ROOT.glob("*/results/*")}
+    code, out, _ = call(tmp_path, script)
+    assert code == 0 and out.startswith("usage: ") and "--help" in out
+    assert len(out.splitlines()) > 4  # a description too
+    assert not [*tmp_path.iterdir()]
+    after = {path: path.stat().st_mtime_ns for path in ROOT.glob("*/results/*")}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_missing_extra_is_named_in_one_line(tmp_path: pathlib.Path) -> None:
+    """Which, and how it is installed; whatever else is missing is an error as ever."""
+    for name in EXTRAS:
+        text = f"raise ModuleNotFoundError('no {name}', name='{name}')"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    for script, extra in (("landscape", "matplotlib"), ("isometry", "peft")):
+        code, out, errors = call(tmp_path, f"experiments.{script}", tmp_path)
+        assert (code, out) == (1, "")
+        assert errors == f'{extra} is missing: pip install -e ".[experiments]"\n'
+    (tmp_path / "safetensors.py").write_text("import nowhere", encoding="utf-8")
+    code, _, errors = call(tmp_path, "experiments.isometry", tmp_path)
+    assert code == 1 and "Traceback" in errors and "nowhere" in errors
