@@ -188,16 +188,19 @@ class Seen:
         self.initial: list[dict[str, torch.Tensor]] = []  # what trains of each
         self.kill_at = math.inf  # the checkpoint after which the run is killed
 
-        encode, step = train_glue.Bench.encode, torch.optim.AdamW.step
+        encode, predict = train_glue.Bench.encode, train_glue.Bench.predict
         build, atomically = train_glue.build, train_glue.atomically
+        step = torch.optim.AdamW.step
 
         def see_batch(bench: Any, rows: list[train_glue.Row]) -> Any:
-            # Between steps gradients are on, and only an evaluation predicts
-            evaluating = sys._getframe(1).f_code.co_name == "predict"
-            (self.evaluated if evaluating else self.trained).append(list(rows))
-            if not evaluating:
-                self.dropout.append(torch.initial_seed())
+            self.trained.append(list(rows))
+            self.dropout.append(torch.initial_seed())
             return encode(bench, rows)
+
+        def see_evaluation(bench: Any, model: Any, rows: list[train_glue.Row]) -> Any:
+            self.evaluated.append(list(rows))
+            with mock.patch.object(train_glue.Bench, "encode", encode):
+                return predict(bench, model, rows)
 
         def see_step(optimizer: Any, *args: Any) -> Any:
             self.groups.append([{**group} for group in optimizer.param_groups])
@@ -216,6 +219,7 @@ class Seen:
                     raise Killed
 
         monkeypatch.setattr(train_glue.Bench, "encode", see_batch)
+        monkeypatch.setattr(train_glue.Bench, "predict", see_evaluation)
         monkeypatch.setattr(torch.optim.AdamW, "step", see_step)
         monkeypatch.setattr(train_glue, "build", see_model)
         monkeypatch.setattr(train_glue, "atomically", see_checkpoint)
