@@ -96,6 +96,21 @@ def test_attached_equals_the_dense_oracle(case):
         assert_close(model.get_parameter(name).grad, own[name].grad)
 
 
+def test_torch_runs_the_encoder_in_one_call(monkeypatch):
+    """The laws here hold on torch's fast path, too: without grad it calls C++ once a
+    layer, with the parameters that it read."""
+    real, calls = torch._transformer_encoder_layer_fwd, []
+
+    def layer(*args):
+        calls.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", layer)
+    case = MODELS["torch-encoder"]
+    case(case.adapted()[0])
+    assert len(calls) == 2
+
+
 def test_reading_an_adapted_parameter_gives_W_plus_delta(case):
     """delta() is float32, in the manifest's order; the attribute reads W + dW."""
     model, adapter = case.adapted()
@@ -561,7 +576,7 @@ def test_a_compiled_model_equals_the_eager_one(name, fused, backend):
 @FUSED
 def test_fx_is_refused(fused):
     """A traced copy would hold W + P theta and add P theta again: an error. Inside
-    disabled on the plain path the pretrained model can be traced."""
+    disabled the pretrained model can be traced."""
     case = variant("sequential", fused=fused)
     model, _ = case.adapted()
     with pytest.raises((TypeError, torch.fx.proxy.TraceError), match=r"fx|symbolic"):
@@ -806,10 +821,7 @@ WRONG = {  # of a Net
     "d zero": ({"d": 0}, r"^d must be in 1..N = 1..519, got 0$"),
     "d over N": ({"d": 520}, r"^d must be in 1..N = 1..519, got 520$"),
     "seed negative": ({"seed": -1}, r"^seed must be in 0..2\^64-1, got -1$"),
-    "seed large": (
-        {"seed": 2**64},
-        r"^seed must be in 0..2\^64-1, got 18446",
-    ),
+    "seed large": ({"seed": 2**64}, r"^seed must be in 0..2\^64-1, got 18446"),
     "typed nothing": (
         {TARGETS: ("query", "value")},
         r'^target_modules \(by default query and value; "all-linear" would do\)',
