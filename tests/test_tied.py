@@ -14,19 +14,24 @@ from gpart import attach, detach, load, merge, save, unmerge
 from tests.models import FUSED, MODELS, normal, refused, snapshot
 
 
-def test_a_tied_parameter_may_go_by_any_of_its_names(tmp_path):
-    """A target that is only the second name of a tied weight moves both owners, and is
-    merged, saved and loaded."""
+@pytest.mark.parametrize(
+    ("targets", "name"), [("b", "b.weight"), (("b", "a"), "a.weight")], ids=str
+)
+def test_a_tied_parameter_goes_by_the_first_of_its_names_that_match(
+    targets, name, tmp_path
+):
+    """Even if only its second name is a target, a tied weight moves in both owners, and
+    is merged, saved and loaded."""
     layers = collections.OrderedDict(a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     pristine, x = nn.Sequential(layers), normal(2, 4)
     pristine.b.weight = pristine.a.weight
     model, other = copy.deepcopy(pristine), copy.deepcopy(pristine)
-    attach(model, 5, target_modules="b").theta.data.fill_(1.0)
+    attach(model, 5, target_modules=targets).theta.data.fill_(1.0)
     y = model(x)
     assert torch.equal(model.a.weight, model.b.weight)
     save(model, tmp_path / "a.safetensors")
     load(other, tmp_path / "a.safetensors")
-    assert model.gpart.manifest == other.gpart.manifest == [("b.weight", (4, 4))]
+    assert model.gpart.manifest == other.gpart.manifest == [(name, (4, 4))]
     for m in (model, other):
         merge(m)
         assert torch.equal(m(x), y)
