@@ -209,6 +209,15 @@ def test_load_refuses_a_model_attached_otherwise(kwargs, file):
         load(model, file)
 
 
+def test_load_refuses_a_manifest_in_another_order(file):
+    """N, d and seed agree, and each weight would be in another group."""
+    model = trained(seed=1)
+    manifest = json.loads(read(file)[0]["manifest"])[::-1]
+    rewrite(file, lambda m, t: m.update(manifest=json.dumps(manifest)))
+    with refused(model, r"has \(Partition\(.*: detach first$"):
+        load(model, file)
+
+
 def test_the_way_out_is_named_however_long_the_manifest(file):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(99)))
     attach(model, 5, target_modules=ALL)
@@ -423,7 +432,7 @@ def test_the_sums_are_of_everything_that_the_file_does_not_carry(file):
     model.register_buffer("steps", torch.tensor(3))
     model.register_buffer("bad", torch.tensor([1.0, math.inf]))
     model.register_buffer("hidden", torch.ones(2), persistent=False)
-    model.stats.copy_(normal(5))
+    model.stats.copy_(torch.tensor([2.0**30, 1.0, -(2.0**30), 1.0, 0.3]))
     save(model, file)
     own = model.state_dict()
     carried = {"steps", "bad", "gpart.theta", "gpart._extra_state", *read(file)[1]}
@@ -521,7 +530,7 @@ def test_the_base_of_training_brings_no_warning(state, file):
         load(fresh, file)
 
 
-@pytest.mark.parametrize(("percent", "warned"), [(0.9, False), (1.1, True)])
+@pytest.mark.parametrize(("percent", "warned"), [(0.99, False), (1.01, True)])
 def test_a_sum_may_differ_by_a_percent_of_the_norm(percent, warned, file):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight.data.copy_(torch.eye(4))  # the norm is 2
