@@ -1037,9 +1037,7 @@ def test_every_method_trains_what_it_says(world: World) -> None:
 @pytest.mark.parametrize("method", ["gpart", "gpart-noniso", "head", "full"])
 def test_the_file_restores_what_was_trained(world: World, method: str) -> None:
     """Into a fresh model, whose head is random in another way: the same numbers."""
-    flags = [f"--method={method}", "--head-lr=0.05", "--lr=0.01"]
-    args = train_glue.parser().parse_args(["--task", "sst2", *flags])
-    args.model, args.d, args.max_length, args.steps = world.model, 500, 16, 1
+    args = world.args("--method", method)
     model = train_glue.build(args, 0)
     with torch.no_grad():
         for p in train_glue.trainable(model).values():
