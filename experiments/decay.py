@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight decay with and without isometry (Appendix B.2): by which factor does it
-differ?
+"""Weight decay with and without isometry (Appendix B.2): how far apart are they?
 
     python -m experiments.decay --data-dir glue
 
@@ -50,30 +49,19 @@ Curves = dict[str, list[tuple[float, float]]]  # {method: [(decay, norm of the u
 
 def train(data_dir: str, method: str, kind: str, decay: float) -> dict[str, float]:
     """||P theta|| at the end."""
-    command = [
-        "--task",
-        "stsb",
-        "--method",
-        method,
-        "--d",
-        str(D),
-        "--data-dir",
-        data_dir,
-    ]
-    args = train_glue.parser().parse_args([*command, "--max-length", "64"])
+    command = ["--task", "stsb", "--method", method, "--d", str(D)]
+    command += ["--data-dir", data_dir, "--max-length", "64"]
+    args = train_glue.parser().parse_args(command)
     task = train_glue.TASKS["stsb"]
     rows = train_glue.read_data(args)[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        train_glue.model_path(args.model)
-    )
+    path = train_glue.model_path(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     bench = train_glue.Bench(args, task, tokenizer, accelerate.Accelerator(cpu=True))
-    model = train_glue.build(
-        args, seed=0
-    ).eval()  # no dropout: both variants see the same noise
+    # Without dropout: both variants see the same noise.
+    model = train_glue.build(args, seed=0).eval()
     lr = LR if method == "gpart" else LR * math.sqrt(D / N)
-    optimizer = getattr(torch.optim, kind)(
-        [model.gpart.theta], lr=lr, weight_decay=decay
-    )
+    kind_of_adam = getattr(torch.optim, kind)
+    optimizer = kind_of_adam([model.gpart.theta], lr=lr, weight_decay=decay)
     for chosen in train_glue.batches(len(rows), BATCH, STEPS, seed=0):
         model(**bench.encode([rows[i] for i in chosen])).loss.backward()
         optimizer.step()
@@ -114,8 +102,7 @@ def crossing(points: list[tuple[float, float]], level: float) -> float:
 
 
 def summary(two: Curves) -> dict[str, Any]:
-    """Where both have lost half of their logarithmic height, and by which factor of
-    decay."""
+    """Where both have lost half of their logarithmic height; the factor of decay."""
     free = max(norm for curve in two.values() for decay, norm in curve if decay == 0)
     least = max(min(norm for _, norm in curve) for curve in two.values())
     level = math.sqrt(free * least)

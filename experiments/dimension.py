@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric against d (Figure 4, left), with theta's learning rate fixed and scaled.
 
-    python -m experiments.dimension --data-dir glue            # stop and start at will
-    python -m experiments.dimension --render                   # only the table and the figure
+    python -m experiments.dimension --data-dir glue     # stop and start at will
+    python -m experiments.dimension --render            # only the table and the figure
 
 STS-B and SST-2, seed 0, the cells and the rates of glue_table.py, which runs before.
 Three curves:
 
     fixed     GPart at the rate that is best for d = 23,040, as in the paper
-    scaled    that rate times sqrt(23040 / d): Adam moves a weight by about lr / sqrt(n), n = N / d,
-              which this keeps the same for every d
-    unilora   Uni-LoRA at its own best rate, up to the d where every factor entry is free
+    scaled    that rate times sqrt(23040 / d): Adam moves a weight by about
+              lr / sqrt(n), n = N / d, which this keeps the same for every d
+    unilora   Uni-LoRA at its own best rate, up to the d where every factor entry is
+              free
 
 Writes results/dimension.md and figures/dimension.png.
 """
@@ -104,21 +105,22 @@ def plot() -> None:
 
 
 def render() -> str:
-    rates = {
-        c: ", ".join(dict.fromkeys(f"{rate:g}" for _, rate in points(c)))
-        for c in CURVES
-    }
+    rates = []
+    for curve in CURVES:
+        each = dict.fromkeys(f"{rate:g}" for _, rate in points(curve))
+        rates.append(f"{curve} {', '.join(each)}")
+    command = "`python -m experiments.dimension --data-dir glue`"
     text = f"""# The metric against d
 
-`python -m experiments.dimension --data-dir glue`, after `experiments.glue_table`: {took()}, one
-CPU thread each, one seed. The validation metric in percent; the last column has the sizes that are
-at most one point below the curve's best.
+{command}, after `experiments.glue_table`: {took()}, one
+CPU thread each, one seed. The validation metric in percent; the last column has the
+sizes that are at most one point below the curve's best.
 
 {table()}
 
 One rate and one rule: whether another exponent would do better is not asked here.
 
-Learning rates, from the smallest d on: {"; ".join(f"{c} {r}" for c, r in rates.items())}.
+Learning rates, from the smallest d on: {"; ".join(rates)}.
 """
     (glue.HERE / "results" / "dimension.md").write_text(text, encoding="utf-8")
     plot()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables 1 and 4 on real GLUE: every method, five tasks, three seeds, with its own
-learning rate.
+"""Tables 1 and 4 on real GLUE: every method at its own learning rate, on five tasks.
 
-    python -m experiments.glue_table --data-dir glue           # hours; stop and start as you like
-    python -m experiments.glue_table --render                  # only the tables and the figure
+    python -m experiments.glue_table --data-dir glue    # hours; stop and start at will
+    python -m experiments.glue_table --render           # only the tables and the figure
 
 Every cell is one run of train_glue.py and one file in results/glue/, and what has a
 file is not run again (whoever changes BUDGET deletes them, and --work, where the
@@ -71,11 +70,8 @@ RATES = {  # the middle one of five
 THREE_SEEDS = ("gpart", "gpart-noniso", "unilora", "lora", "head")
 SEEDS = (0, 1, 2)
 TABLE_1 = {method: SEEDS if method in THREE_SEEDS else SEEDS[:1] for method in RATES}
-WITHIN = (
-    2,
-    5,
-    10,
-)  # points below the best: how wide a range is depends on where the line is
+# Points below the best: how wide a range is depends on where the line is.
+WITHIN = (2, 5, 10)
 NAMES = {
     "gpart": "GPart",
     "gpart-noniso": "GPart, not isometric",
@@ -316,22 +312,17 @@ def table(seeds_of: dict[str, tuple[int, ...]]) -> str:
                 + ("" if count in (0, len(seeds)) else f" ({count} of {len(seeds)})")
             )
         medians = [m for m, *_ in one["tasks"].values()]
-        average = (
-            f"{100 * statistics.mean(medians):.1f}"
-            if len(medians) == len(TASKS)
-            else ""
-        )
+        whole = len(medians) == len(TASKS)
+        average = f"{100 * statistics.mean(medians):.1f}" if whole else ""
         numbers = f"{one.get('trainable', 0):,}" if "trainable" in one else ""
         rate = f"{one['rate']:g}" if one["rate"] else ""
-        lines.append(
-            f"| {NAMES[method]} | {numbers} | {rate} | {' | '.join(cells)} | {average} |"
-        )
+        texts = [NAMES[method], numbers, rate, *cells, average]
+        lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str:
-    """What method has more than each of the others, a seed at a time: mean ± std, in
-    points."""
+    """What method has more than each other one, by seed: mean ± std, in points."""
     lines = [
         f"| {NAMES[method]} minus | {' | '.join(TASKS.values())} | average |",
         "|---" * (len(TASKS) + 2) + "|",
@@ -339,24 +330,17 @@ def margins(method: str, others: tuple[str, ...], seeds: tuple[int, ...]) -> str
     for other in others:
         columns = []
         for task in TASKS:
-            pairs = [
-                (score(task, method, seed), score(task, other, seed)) for seed in seeds
-            ]
-            columns.append(
-                [100 * (a - b) for a, b in pairs if a is not None and b is not None]
-            )
-        whole = all(
-            len(column) == len(seeds) for column in columns
-        )  # an average has a spread too
-        columns.append(
-            [statistics.mean(x) for x in zip(*columns, strict=True)] if whole else []
-        )
-        texts = [
-            f"{statistics.mean(x):+.1f} ± {statistics.stdev(x):.1f}"
-            if len(x) == len(seeds)
-            else ""
-            for x in columns
-        ]
+            pairs = [[score(task, m, seed) for m in (method, other)] for seed in seeds]
+            columns.append([100 * (a - b) for a, b in pairs if None not in (a, b)])
+        # The averages of the seeds have a spread too.
+        whole = all(len(column) == len(seeds) for column in columns)
+        by_seed = zip(*columns, strict=True) if whole else ()
+        columns.append([statistics.mean(values) for values in by_seed])
+        texts = [""] * len(columns)
+        for k, values in enumerate(columns):
+            if len(values) == len(seeds):
+                mean, deviation = statistics.mean(values), statistics.stdev(values)
+                texts[k] = f"{mean:+.1f} ± {deviation:.1f}"
         lines.append(f"| {NAMES[other]} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
@@ -388,9 +372,8 @@ def plot() -> None:
 
 
 def render() -> str:
-    paths = [
-        path for path in CELLS.glob("*.json") if "-d" not in path.stem
-    ]  # dimension.py's
+    # Those with a d in their name are dimension.py's.
+    paths = [path for path in CELLS.glob("*.json") if "-d" not in path.stem]
     done = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     minutes = sum(c.get("minutes", 0) for c in done)
     versions = {
@@ -398,6 +381,8 @@ def render() -> str:
     }
     devices = {c["device"] for c in done if "device" in c}
     took = f"{len(done)} runs, {minutes / 60:.1f} hours in sum"
+    median, mean = "median ± deviation", "mean ± standard deviation"
+    search = "five a factor of 3 apart, on the dev splits of STS-B and SST-2, seed 0"
     text = f"""# GLUE
 
 `python -m experiments.glue_table --data-dir glue`: {took}.
@@ -405,15 +390,15 @@ def render() -> str:
 
 All runs have partition seed 0, so that no deviation includes the choice of P.
 
-## Table 1: the validation metric in percent, median ± deviation of three seeds, or one seed
+## Table 1: the validation metric in percent, {median} of three seeds, or one seed
 
 {table(TABLE_1)}
 
-## Table 4 and the like: GPart minus another method, mean ± standard deviation of three pairs
+## Table 4 and the like: GPart minus another method, {mean} of three pairs
 
 {margins("gpart", THREE_SEEDS[1:], SEEDS)}
 
-## Learning rates: five a factor of 3 apart, on the dev splits of STS-B and SST-2, seed 0
+## Learning rates: {search}
 
 A range is counted from the method's own best, and in multiples of its own rates.
 
@@ -437,25 +422,20 @@ def parse(doc: str | None) -> argparse.Namespace:
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     p.add_argument("--render", action="store_true", help="run nothing")
     args = p.parse_args()
+    tsv = "folder of GLUE's TSV files"
     if not args.render and not args.data_dir:
-        p.error(
-            "--data-dir names the folder of GLUE's TSV files; --render runs nothing"
-        )
-    if (
-        args.data_dir and not Path(args.data_dir).is_dir()
-    ):  # or each cell would say so, one by one
-        p.error(
-            f"--data-dir {args.data_dir}: no such folder; it takes that of GLUE's TSV files"
-        )
+        p.error(f"--data-dir names the {tsv}; --render runs nothing")
+    # Or each cell would say so, one by one.
+    if args.data_dir and not Path(args.data_dir).is_dir():
+        p.error(f"--data-dir {args.data_dir}: no such folder; it takes the {tsv}")
     return args
 
 
 def main() -> None:
     args = parse(__doc__)
     rest = [method for method in RATES if method not in THREE_SEEDS]
-    alone = [
-        ((method,), SEEDS[:1]) for method in rest
-    ]  # one by one: a stop leaves whole rows
+    # One by one: a stop leaves whole rows.
+    alone = [((method,), SEEDS[:1]) for method in rest]
     for methods, seeds in [(THREE_SEEDS, SEEDS), *alone]:
         if not args.render:
             search = [

@@ -30,8 +30,7 @@ from typing import Any
 
 from torch import nn
 
-# Published learning rates for RoBERTa-base on GLUE, the middle one where there are
-# several
+# Published learning rates for RoBERTa-base on GLUE, of several the middle one
 LR = {"unilora": 5e-3, "lora": 5e-4, "vera": 1e-2, "fourierft": 5e-2, "bitfit": 4e-4}
 # None: those at which a step moves MiniLM's weights as far as GPart's 5e-3 does
 LR |= {"shira": 5e-3, "waveft": 2e-4, "c3a": 0.22}
