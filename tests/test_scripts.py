@@ -52,6 +52,8 @@ def test_a_missing_extra_is_named_in_one_line(tmp_path: pathlib.Path) -> None:
         code, out, errors = call(tmp_path, f"experiments.{script}", tmp_path)
         assert (code, out) == (1, "")
         assert errors == f'{extra} is missing: pip install -e ".[experiments]"\n'
-    (tmp_path / "safetensors.py").write_text("import nowhere", encoding="utf-8")
-    code, _, errors = call(tmp_path, "experiments.isometry", tmp_path)
+    other = tmp_path / "other"  # where the extras are not missing
+    other.mkdir()
+    (other / "safetensors.py").write_text("import nowhere", encoding="utf-8")
+    code, _, errors = call(other, "experiments.isometry", other)
     assert code == 1 and "Traceback" in errors and "nowhere" in errors
