@@ -1531,7 +1531,13 @@ def test_ctrl_c_in_a_terminal_ends_in_one_line(world: World) -> None:
     """The signal itself, in a process of its own, while it still loads: no
     traceback."""
     command = [sys.executable, str(ROOT / "train_glue.py"), *world.command()]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # pytest may run in the background, where a shell has SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not os.path.exists("runs"):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
