@@ -447,7 +447,16 @@ def own_tensors(model):
     wraps = kind in ("OptimizedModule", "DistributedDataParallel", "DataParallel")
     require(not wraps, f"{kind} wraps the model: pass its ._orig_mod or its .module")
     state = model.state_dict(keep_vars=True)
-    return {name: t for name, t in state.items() if not name.startswith("gpart.")}
+    return {
+        name: t
+        for name, t in state.items()
+        if isinstance(t, Tensor) and not name.startswith("gpart.")
+    }
+
+
+def can_train(t):
+    """No buffer, and no parameter of whole numbers."""
+    return isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex())
 
 
 def linear_weights(model):
@@ -481,7 +490,7 @@ def install(model, own, partition, name_of, saved, fused):
     adapter = GPart(partition, name_of, own)  # nothing fails from here on
     adapter.saved = set(saved)
     for name, t in own.items():
-        t.requires_grad_(name in adapter.saved and isinstance(t, nn.Parameter))
+        t.requires_grad_(name in adapter.saved and can_train(t))
     for module in model.modules():
         parameters = module._parameters.items()
         names = {key: name_of[w] for key, w in parameters if w in name_of}
@@ -621,8 +630,9 @@ def base_sums(tensors):
     for name, t in tensors.items():
         if t.dtype in FLOATS and not t.is_meta:
             total = whole(t).bfloat16().sum(dtype=torch.float64).item()
-            sums[name] = float(f"{total:.6g}")
-    return {name: total for name, total in sums.items() if math.isfinite(total)}
+            if math.isfinite(total):
+                sums[name] = float(f"{total:.6g}")
+    return sums
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -686,7 +696,7 @@ def load(model: nn.Module, path: Path) -> GPart:
         require(not missing, text)
         adapter.saved |= names
         for name in names:
-            own[name].requires_grad_(isinstance(own[name], nn.Parameter))
+            own[name].requires_grad_(can_train(own[name]))
     else:
         name_of = {own[name]: name for name, _ in manifest}
         adapter = install(model, own, partition, name_of, names, fused=True)

@@ -311,6 +311,34 @@ def test_modules_to_save_are_saved_frozen_or_not(file):
     assert read(file)[0]["sha256"] == digest
 
 
+class Odd(nn.Linear):
+    """It has a parameter of whole numbers, and an extra state that is no tensor."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.steps = nn.Parameter(torch.arange(3), requires_grad=False)
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        raise AssertionError("an adapter file has none of it")
+
+
+def test_a_head_may_hold_what_cannot_train(file):
+    """Whole numbers are saved as they are; the rest of the head trains."""
+    model = nn.Sequential(nn.Linear(4, 4), Odd())
+    fresh, heads = copy.deepcopy(model), ["1.weight", "1.bias", "gpart.theta"]
+    attach(model, 2, target_modules="0", modules_to_save="1")
+    assert trainable(model) == heads
+    model[1].steps += 1
+    save(model, file)
+    for other in (fresh, model):
+        load(other, file)
+        assert trainable(other) == heads
+        assert torch.equal(other[1].steps, torch.arange(1, 4))
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_adapted_weight_that_was_unfrozen_is_not_saved(merged, file):
     """Its training would be lost: the file holds theta alone for it."""
