@@ -2,12 +2,14 @@
 """Does a seed mean the same bits everywhere? Group ids, files, weights are compared.
 
     python tests/same_bits.py FOLDER        # a few minutes, 6 GB of downloads
+    python tests/same_bits.py --here FILE   # with the torch that is installed
 
 Two virtual environments are made in FOLDER (once): the oldest torch, numpy and
 safetensors that pyproject.toml allows, and those that .ci/constraints.txt pins. Each
 saves adapters, and each loads what either saved, in processes of 1, 2 and 3 threads,
 and on CUDA where there is one. All that the format fixes must agree to the last bit.
-Writes results/same_bits.json.
+Writes results/same_bits.json. --here needs no network: it tries one Python against the
+checksums in that file, and writes FILE.
 """
 
 import argparse
@@ -73,8 +75,9 @@ if action == "load":
     P = gpart.Partition(N, d, seed)
     part = P.groups(start, start + 100_000, device=device)
     out[f"groups {start}.. of N={N}"] = sha(part)
-info = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "out": out}
-print(json.dumps(info))
+cuda = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+versions = {"torch": torch.__version__, "gpart": gpart.__version__}
+print(json.dumps({**versions, "cuda": cuda, "out": out}))
 """
 
 
@@ -103,39 +106,51 @@ def run(python: str, *args: str) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the two environments go")
-    folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    oldest = environment(folder / "oldest", oldest=True)
-    pythons = [oldest, environment(folder / "newest", oldest=False)]
-    files, runs, seen = Path(tempfile.mkdtemp()), [], {}
-    versions, cuda = [], False
-    for k, python in enumerate(pythons):
-        (files / str(k)).mkdir()
-        info = run(python, "save", str(files / str(k)), "1", "cpu")
-        versions.append(info["torch"])
-        cuda |= bool(info["cuda"])
-    settings = itertools.product(("1", "2", "3"), ("cpu",))
-    settings = [*settings, ("1", "cuda")] if cuda else [*settings]
-    for python, saver, setting in itertools.product(pythons, (0, 1), settings):
-        info = run(python, "load", str(files / str(saver)), *setting)
-        saved = versions[saver]
-        runs.append({"torch": info["torch"], "saved by": saved, "setting": setting})
-        for name, sha in info["out"].items():
-            seen.setdefault(name, set()).add(sha)
-        differ = [name for name, shas in seen.items() if len(shas) > 1]
-        print(runs[-1], "differ:", differ)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="where the two environments go"
+    )
+    here = "this Python against the checksums that are known, and where to write it"
+    parser.add_argument("--here", type=Path, metavar="FILE", help=here)
+    args = parser.parse_args()
+    if (args.folder is None) == (args.here is None):
+        parser.error("give a FOLDER, or --here FILE")
+    path, seen = ROOT / "tests" / "results" / "same_bits.json", {}
+    if args.here:
+        known = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        seen = {name: {*shas} for name, shas in known.items()}
+        path, pythons = args.here, [sys.executable]
+    else:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        oldest = environment(args.folder / "oldest", oldest=True)
+        pythons = [oldest, environment(args.folder / "newest", oldest=False)]
+    versions, runs, devices = [], [], ["CPU " + platform.machine()]
+    threads: list[tuple[str, str]] = [("1", "cpu"), ("2", "cpu"), ("3", "cpu")]
+    with tempfile.TemporaryDirectory() as files:
+        for k, python in enumerate(pythons):
+            (Path(files) / str(k)).mkdir()
+            info = run(python, "save", f"{files}/{k}", "1", "cpu")
+            versions.append(info["torch"])
+            devices += [name for name in info["cuda"] if name not in devices]
+        settings = [*threads, *[("1", "cuda")] * (len(devices) > 1)]
+        pairs = itertools.product(pythons, range(len(pythons)), settings)
+        for python, saver, setting in pairs:
+            info = run(python, "load", f"{files}/{saver}", *setting)
+            saved = versions[saver]
+            runs.append({"torch": info["torch"], "saved by": saved, "setting": setting})
+            for name, sha in info["out"].items():
+                seen.setdefault(name, set()).add(sha)
+            differ = [name for name, shas in seen.items() if len(shas) > 1]
+            print(runs[-1], "differ:", differ, flush=True)
     result = {
         "equal": all(len(shas) == 1 for shas in seen.values()),
+        "gpart": info["gpart"],
         "torch": versions,
-        "cuda": cuda,
-        "device": f"CPU {platform.machine()}",
+        "device": ", ".join(devices),
         "processes": len(runs),
-        "checks": len(seen),
+        "checks": len(info["out"]),
         "threads, device": settings,
         "sha256": {name: sorted(shas) for name, shas in seen.items()},
     }
-    path = ROOT / "tests" / "results" / "same_bits.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{len(runs)} processes, {len(seen)} checks, all equal: {result['equal']}")
     sys.exit(0 if result["equal"] else 1)
