@@ -21,25 +21,29 @@ random weights, without dropout. The sides are
     c3a        peft's C3A, likewise
     full       every parameter trained
 
-All sides alternate in one process, in a new random order each round, and a ratio is
-that of two steps in the same round; the table has medians and quartiles over the
-rounds. Peak memory is what a child process that trains this side alone grows by after
-its imports (CPU), or allocates at most (CUDA); GFLOP are the matrix products of one
-step. Without arguments it runs the cases of its device and writes
+and four of them a second time under torch.compile; "recomputed" is with functorch's
+aggressive_recomputation. All alternate in one process, in a new random order each
+round, and a ratio is that of two steps in the same round; the tables have medians and
+quartiles over the rounds. Peak memory is what a process that trains this side alone
+grows by (CPU), or what the side has allocated at most (CUDA); "kept" is what the
+forward pass keeps for the backward pass beside parameters. GFLOP are the matrix
+products of one step. Without arguments it runs the cases of its device and writes
 results/bench-<device>.json.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +57,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import gpart
 from experiments import peers
 
+functorch = torch._functorch.config
+
 HERE = Path(__file__).resolve().parent
 PEERS = ("unilora", "lora", "vera", "fourierft", "shira", "waveft", "c3a")
 SIDES = ("dense", "gpart", "plain", *PEERS, "full")
+EAGER = ("dense", "gpart", "unilora", "lora")  # of those that are compiled too
+COMPILED = (*(f"{side}, compiled" for side in EAGER), "gpart, compiled, recomputed")
 ENCODER = {"target_modules": ["query", "value"], "d": 23040}
 DECODER = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "d": 131072}
 MODELS: dict[str, dict[str, Any]] = {
@@ -108,7 +116,8 @@ def base_model(name: str) -> nn.Module:
 
 def build(side: str, name: str, device: str) -> nn.Module:
     """The model with what one method trains; the rest, the head too, is frozen."""
-    model = base_model(name)
+    with torch.device(device):
+        model = base_model(name)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
     if side == "dense":
         ends = tuple(f".{target}.weight" for target in targets)
@@ -117,7 +126,9 @@ def build(side: str, name: str, device: str) -> nn.Module:
     elif side in ("gpart", "plain"):
         gpart.attach(model, d, target_modules=targets, fused=side == "gpart")
     elif side != "full":
-        model = peft.get_peft_model(model, peers.config(side, model, d, targets))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(model, peers.config(side, model, d, targets))
     return model.to(device).train()
 
 
@@ -136,11 +147,12 @@ def adapter_bytes(side: str, model: nn.Module) -> int:
 
 
 class Side:
-    """A model, its optimizer and one fixed batch."""
+    """A model, compiled perhaps, its optimizer and one fixed batch."""
 
     def __init__(
         self, side: str, name: str, batch: int, length: int, dtype: str, device: str
     ):
+        side, *options = side.split(", ")
         self.model, self.device = build(side, name, device), device
         self.trained = [w for w in self.model.parameters() if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-6)
@@ -149,6 +161,11 @@ class Side:
         labels = ids if name.startswith("qwen") else ids[:, 0] % 2
         self.batch = {"input_ids": ids, "labels": labels}
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+        if options:  # compiled at the first step
+            self.model.compile()
+            again = "recomputed" in options
+            with functorch.patch(aggressive_recomputation=again):
+                self.step()
 
     def step(self) -> float:
         """Seconds of one training step."""
@@ -163,25 +180,58 @@ class Side:
         wait()
         return time.perf_counter() - start
 
+    def kept(self) -> int:
+        """Bytes that a forward pass keeps for the backward pass, of what is new."""
+        old = [*self.model.parameters(), *self.model.buffers()]
+        if "gpart" in self.model._modules:
+            old += self.model.gpart.ids.values()
+        found = {t.untyped_storage().data_ptr(): 0 for t in old}
+        alive = []  # so that no address comes twice
 
-def measure_memory(side: str, *case: Any) -> None:
-    """Print peak memory, GFLOP a step, trainable numbers and file size.
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            storage = t.untyped_storage()
+            found.setdefault(storage.data_ptr(), storage.nbytes())
+            alive.append(t)
+            return t
 
-    To be called in a process of its own.
-    """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with hooks, self.autocast:
+            self.model(**self.batch).loss.backward()
+        self.optimizer.zero_grad()
+        return sum(found.values())
+
+
+def peak(device: str) -> int:
+    """Bytes at most so far, on the GPU or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measured(side: str, *case: Any) -> tuple[dict[str, Any], Side]:
+    """Peak memory, GFLOP a step, trained numbers and size of the file; and the side."""
+    device = case[-1]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the others' stay allocated
+    before = peak(device)
     one = Side(side, *case)
     for _ in range(3):
         one.step()
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kB
-    cuda = case[-1] == "cuda"
-    peak_bytes = torch.cuda.max_memory_allocated() if cuda else grown * 1024
-    with FlopCounterMode(display=False) as counter:
-        one.step()
-    result = {"peak_MB": peak_bytes / 1e6, "GFLOP": counter.get_total_flops() / 1e9}
-    result["trained"] = sum(w.numel() for w in one.trained)
-    result["bytes"] = adapter_bytes(side, one.model)
-    print(json.dumps(result))
+    row = {"peak_MB": (peak(device) - before) / 1e6}
+    if side in (*EAGER, *COMPILED):
+        row["kept_MB"] = one.kept() / 1e6
+    if side in SIDES:
+        with FlopCounterMode(display=False) as counter:
+            one.step()
+        row["GFLOP"] = counter.get_total_flops() / 1e9
+        row["trained"] = sum(w.numel() for w in one.trained)
+        row["bytes"] = adapter_bytes(side, one.model)
+    return row, one
+
+
+def measured_alone(side: str, *case: Any) -> dict[str, Any]:
+    """For a process of its own."""
+    return measured(side, *case)[0]
 
 
 def spread(values: list[float]) -> list[float]:
@@ -189,18 +239,23 @@ def spread(values: list[float]) -> list[float]:
     return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, Any]:
-    rows: dict[str, dict[str, Any]] = {}
-    for side in SIDES:
-        arguments = (side, *case, device)
-        code = f"import experiments.bench as b; b.measure_memory(*{arguments!r})"
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        pipe = subprocess.PIPE
-        child = subprocess.run(command, cwd=HERE.parent, check=True, stdout=pipe)
-        rows[side] = json.loads(child.stdout)
-    sides = {side: Side(side, *case, device) for side in SIDES}
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    order = [*SIDES]
+def run(
+    case: tuple[str, int, int, str], device: str, rounds: int, names: list[str]
+) -> dict[str, Any]:
+    rows, sides = {}, {}
+    if device == "cuda":
+        torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # workspaces
+        for side in names:
+            rows[side], sides[side] = measured(side, *case, device)
+    else:  # each forked from a process that has imported everything, and done no more
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["experiments.bench"])
+        with ProcessPoolExecutor(1, server, max_tasks_per_child=1) as pool:
+            jobs = {side: (measured_alone, side, *case, device) for side in names}
+            rows = {side: pool.submit(*job).result() for side, job in jobs.items()}
+        sides = {side: Side(side, *case, device) for side in names}
+    times: dict[str, list[float]] = {side: [] for side in names}
+    order = [*names]
     for at in range(-2, rounds):  # two rounds to warm up
         random.Random(at).shuffle(order)
         for side in order:
@@ -210,26 +265,44 @@ def run(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str, 
         print(f"{at + 1}/{rounds}", end="\r", file=sys.stderr, flush=True)
     for side, row in rows.items():
         row["seconds"] = spread(times[side])
-        for key, floor in (("to_dense", "dense"), ("to_unilora", "unilora")):
+        floors = {"to_dense": "dense", "to_unilora": "unilora"}
+        if side in COMPILED:
+            floors = {"to_dense": "dense, compiled", "to_eager": side.split(", ")[0]}
+        for key, floor in floors.items():
             pairs = zip(times[side], times[floor], strict=True)
             row[key] = spread([a / b for a, b in pairs])
-    sides.clear()
-    if device == "cuda":
-        torch.cuda.empty_cache()  # the next case's children share the GPU
     keys = ("model", "batch", "length", "dtype")
     return {**dict(zip(keys, case, strict=True)), "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
+    """Of a case; and a second one of what was compiled, if anything was."""
+    rows = result["rows"]
+    eager = [side for side in rows if side not in COMPILED]
+    compiled = [side for side in rows if side in COMPILED]
+
+    def cells(row: dict[str, Any], *ratios: str) -> str:
+        spreads = (row[name] for name in ratios)
+        return " | ".join(f"{b:.3f} ({a:.3f}-{c:.3f})" for a, b, c in spreads)
+
     lines = ["{model}, {batch} x {length}, {dtype}".format(**result), ""]
     heads = ("step / dense", "step / unilora", "GFLOP", "peak, MB", "trained")
     lines.append(f"| side | {' | '.join(heads)} | file, bytes |")
     lines.append("|---|---|---|---|---|---|---|")
-    for side, row in result["rows"].items():
-        ratios = (row["to_dense"], row["to_unilora"])
-        a, b = (f"{mid:.3f} ({low:.3f}-{high:.3f})" for low, mid, high in ratios)
+    for side in eager:
+        row = rows[side]
         rest = (f"{row[key]:,.0f}" for key in ("GFLOP", "peak_MB", "trained", "bytes"))
-        lines.append(f"| {side} | {a} | {b} | {' | '.join(rest)} |")
+        steps = cells(row, "to_dense", "to_unilora")
+        lines.append(f"| {side} | {steps} | {' | '.join(rest)} |")
+    if compiled:
+        heads = ("step / dense, compiled", "step / not compiled", "kept, MB")
+        lines += ["", f"| side | {' | '.join(heads)} | not compiled |"]
+        lines.append("|---|---|---|---|---|")
+    for side in compiled:
+        pair = rows[side], rows[side.split(", ")[0]]
+        kept = (f"{row['kept_MB']:,.1f}" for row in pair)
+        steps = cells(rows[side], "to_dense", "to_eager")
+        lines.append(f"| {side} | {steps} | {' | '.join(kept)} |")
     return "\n".join(lines)
 
 
@@ -243,15 +316,21 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=30)
+    eager = "leave torch.compile out, which has a minute for each of five sides"
+    parser.add_argument("--eager", action="store_true", help=eager)
     default = "results/bench-<device>.json if no --model"
     parser.add_argument("--output", type=Path, help=default)
+    resume = "keep the cases that the output has already"
+    parser.add_argument("--resume", action="store_true", help=resume)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", module="peft")
+    warnings.filterwarnings("ignore")  # PEFT's, and compilers'
+    os.environ["PYTHONWARNINGS"] = "ignore"
     one = (args.model, args.batch, args.length, args.dtype)
     cpu = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
         **{m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "gpart": gpart.__version__,
         "python": platform.python_version(),
         "command": "python -m experiments.bench " + " ".join(sys.argv[1:]),
         "rounds": args.rounds,
@@ -259,8 +338,13 @@ def main() -> None:
     }
     path = args.output or HERE / "results" / f"bench-{args.device}.json"
     keep = args.output or not args.model
-    for case in [one] if args.model else CASES[args.device]:
-        result["cases"].append(run(case, args.device, args.rounds))
+    if args.resume and path.exists():
+        result["cases"] = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    cases = [one] if args.model else CASES[args.device]
+    for case in cases[len(result["cases"]) :]:
+        first = case == cases[0] and not args.eager  # the others take too long
+        names = [*SIDES, *COMPILED] if first else [*SIDES]
+        result["cases"].append(run(case, args.device, args.rounds, names))
         print(table(result["cases"][-1]), end="\n\n")
         if keep:
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
