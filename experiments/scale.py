@@ -2,6 +2,7 @@
 """The partition at scale: seconds and memory against N, and an 8B model by its shapes.
 
     python -m experiments.scale         # six minutes on one CPU core, 12 GB of memory
+    python -m experiments.scale --ids   # how ids are best computed, a minute
 
 1. All group ids of N = 10^6 ... 10^9 weights, d = 23,040, beside torch.randperm(N),
    which would be the ordinary way to a partition; each in a process of its own. Peak is
@@ -10,19 +11,26 @@
    and o of Llama 3 8B one matrix at a time, ids from Partition.groups(start, stop) and
    W + P theta, as where the model does not fit into memory.
 
-Writes results/scale.json.
+Writes results/scale.json. --ids is about Partition.groups alone: nanoseconds a weight
+beside its own loop with other chunks and numbers of threads, all alternating, medians.
+One thread and 2^15 is how gpart 0.1.0 did it. Writes results/ids-<device>.json.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
+import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+import gpart
 
 HERE = Path(__file__).resolve().parent
 SIZES = [10**k for k in (6, 7, 8, 9)]
@@ -86,8 +94,80 @@ def run(what: str, N: int) -> dict[str, float]:
     return json.loads(child.stdout)
 
 
+def ids_by(P: gpart.Partition, chunk: int, threads: int, device: str) -> torch.Tensor:
+    """P.groups() in other chunks."""
+    ids = torch.empty(P.N, dtype=torch.int32, device=device)
+
+    def fill(at: int) -> None:
+        i = torch.arange(at, min(at + chunk, P.N), device=device)
+        ids[at : at + chunk] = gpart.permute(i, P.N, P.seed) % P.d
+
+    if threads == 1:
+        for at in range(0, P.N, chunk):
+            fill(at)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(0, P.N, chunk)))
+    return ids
+
+
+def measure_ids(N: int, device: str, rounds: int, path: Path) -> None:
+    P, cores = gpart.Partition(N, 23040), torch.get_num_threads()
+    ways = [(k, cores) for k in range(13, 18)] + [(15, 1)]
+    if device == "cuda":
+        ways = [(15, 1), (20, 1), (24, 1)]
+    sides = {f"2^{k}, {n} threads": (2**k, n) for k, n in ways}
+    expected = P.groups(device=device)
+    for chunk, threads in sides.values():  # which also warms up
+        if not torch.equal(ids_by(P, chunk, threads, device), expected):
+            raise RuntimeError(f"other ids with {chunk=}, {threads=}")
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {"groups": [], **{name: [] for name in sides}}
+    for at in range(rounds):
+        order = [*times]
+        random.Random(at).shuffle(order)
+        for name in order:
+            wait()
+            start = time.perf_counter()
+            if name == "groups":
+                P.groups(device=device)
+            else:
+                ids_by(P, *sides[name], device)
+            wait()
+            times[name].append(time.perf_counter() - start)
+    one = times["2^15, 1 threads"]
+    cpu = f"CPU {platform.machine()}, {cores} threads"
+    result = {
+        "N": N,
+        "rounds": rounds,
+        "ns": {name: 1e9 * statistics.median(t) / N for name, t in times.items()},
+        "to_one_thread": {
+            name: statistics.median(a / b for a, b in zip(t, one, strict=True))
+            for name, t in times.items()
+        },
+        "gpart": gpart.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print("| chunk, threads | ns a weight | to one thread, 2^15 |\n|---|---|---|")
+    for name, ratio in result["to_one_thread"].items():
+        print(f"| {name} | {result['ns'][name]:.2f} | {ratio:.3f} |")
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--ids", action="store_true", help="only the ids, by chunk")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
+    parser.add_argument("--N", type=int, default=12 * 2 * 768**2, help="for --ids")
+    parser.add_argument("--rounds", type=int, default=15, help="for --ids")
+    parser.add_argument("--output", type=Path, help="for --ids")
+    args = parser.parse_args()
+    if args.ids:
+        path = args.output or HERE / "results" / f"ids-{args.device}.json"
+        measure_ids(args.N, args.device, args.rounds, path)
+        return
     began, rows = time.monotonic(), []
     for N in SIZES:
         row: dict[str, float] = {"N": N}

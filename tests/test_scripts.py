@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts of experiments/ and tests/ as a stranger meets them."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -57,3 +58,35 @@ def test_a_missing_extra_is_named_in_one_line(tmp_path: pathlib.Path) -> None:
     (other / "safetensors.py").write_text("import nowhere", encoding="utf-8")
     code, _, errors = call(other, "experiments.isometry", other)
     assert code == 1 and "Traceback" in errors and "nowhere" in errors
+
+
+@pytest.mark.slow
+def test_a_day_with_a_gpu_in_small(tmp_path: pathlib.Path) -> None:
+    """Every piece of experiments/gpu.sh runs, and a second call goes on where the first
+    was stopped."""
+    command = ["bash", str(ROOT / "experiments" / "gpu.sh"), "--dry", str(tmp_path)]
+    env = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.defpath}"}
+
+    def call_it() -> str:
+        run = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
+
+    first = call_it()
+    assert "FAILED" not in first and "skipped" not in first, first
+    pieces = ["tests", "bits", "ids", "stateless", "bench", "stsb"]
+    files = {name: tmp_path / f"{name}-cpu.json" for name in pieces}
+    assert {*tmp_path.iterdir()} == {*files.values()}
+    found = {name: json.loads(path.read_text("utf-8")) for name, path in files.items()}
+    for result in found.values():
+        assert result["torch"] and result["device"]
+        assert str(tmp_path) not in json.dumps(result)
+    assert found["bits"]["equal"] and "passed" in found["tests"]["tests/test_device.py"]
+    before = files["tests"].stat().st_mtime_ns
+    files["ids"].unlink()
+    assert [line.split(": ")[1][:4] for line in call_it().splitlines()] == [
+        *["ther"] * 2,
+        "done",
+        *["ther"] * 3,
+    ]
+    assert files["tests"].stat().st_mtime_ns == before and files["ids"].exists()
