@@ -37,7 +37,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -205,6 +204,8 @@ def peak(device: str) -> int:
     """Bytes at most so far, on the GPU or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # which Windows has not
+
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
