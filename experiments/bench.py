@@ -51,12 +51,11 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+from torch._functorch import config as functorch
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpart
 from experiments import peers
-
-functorch = torch._functorch.config
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("unilora", "lora", "vera", "fourierft", "shira", "waveft", "c3a")
@@ -115,8 +114,7 @@ def base_model(name: str) -> nn.Module:
 
 def build(side: str, name: str, device: str) -> nn.Module:
     """The model with what one method trains; the rest, the head too, is frozen."""
-    with torch.device(device):
-        model = base_model(name)
+    model = base_model(name)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
     if side == "dense":
         ends = tuple(f".{target}.weight" for target in targets)

