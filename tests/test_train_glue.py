@@ -1640,7 +1640,7 @@ def test_results_say_all_that_was_run(
     assert results["versions"].keys() == {
         *("python", "gpart", "torch", "transformers", "accelerate", "datasets")
     }
-    assert results["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(results["versions"]["torch"])  # or 2.13.0+cu130
     assert results["versions"]["gpart"] == gpart.__version__
     threads = torch.get_num_threads()
     assert re.fullmatch(rf"CPU \w+, {threads} threads", results["device"])
