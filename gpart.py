@@ -378,8 +378,8 @@ class AdaptedLinear(Adapted, nn.Linear):
 
 @functools.cache
 def mixed(base, fused):
-    """One class for each base. A subclass of nn.Linear has a forward of its own."""
-    if fused and base is nn.Linear:
+    """One class for each base."""
+    if fused:
         return AdaptedLinear
     return type(f"Adapted{base.__name__}", (Adapted, base), {})
 
@@ -496,7 +496,8 @@ def install(model, own, partition, name_of, saved, fused):
         names = {key: name_of[w] for key, w in parameters if w in name_of}
         if names:
             module.__dict__["_adapter"] = (adapter, names)
-            module.__class__ = mixed(type(module), fused)
+            # A subclass of nn.Linear has a forward of its own.
+            module.__class__ = mixed(type(module), fused and type(module) is nn.Linear)
     model.gpart = adapter
     return adapter
 
@@ -692,9 +693,8 @@ def load(model: nn.Module, path: Path) -> GPart:
         sides = f"{path} has {theirs!s:.300}, the model {ours!s:.300}"
         require(theirs == ours, f"{sides}: detach first")
         missing = to_save(adapter, own) - names
-        text = f"{path} lacks {missing!s:.300}, which train here: detach first"
-        require(not missing, text)
-        adapter.saved |= names
+        require(not missing, f"{path} lacks {missing!s:.300} that train: detach first")
+        adapter.saved = names
         for name in names:
             own[name].requires_grad_(can_train(own[name]))
     else:

@@ -188,10 +188,12 @@ def test_detach_with_merge_leaves_an_ordinary_model(case, merged):
 
 
 def test_names_stay_and_only_theta_and_the_heads_train(case):
-    """The state dict gains theta and its meaning; every other key and bit stays."""
+    """The state dict gains theta and its meaning, in bytes; every other key and bit
+    stays."""
     model, _ = case.adapted()
     base, state = case.pristine.state_dict(), model.state_dict()
     assert {*state} == {*base, "gpart.theta", "gpart._extra_state"}
+    assert state["gpart._extra_state"].dtype == torch.uint8
     assert all(torch.equal(state[name], w) for name, w in base.items())
     heads = [n for n, _ in model.named_parameters() if n.split(".")[0] in case.save]
     assert trainable(model) == [*heads, "gpart.theta"]
@@ -225,10 +227,11 @@ def through_torch_save(model):
 
 @pytest.mark.parametrize("trip", [copy.deepcopy, through_pickle, through_torch_save])
 def test_a_copy_is_the_same_model_and_its_own(case, trip):
-    """deepcopy, pickle, torch.save: the same output; then neither follows the other,
-    and the copy detaches to the pretrained model."""
+    """deepcopy, pickle, torch.save: the same classes and output; then neither follows
+    the other, and the copy detaches to the pretrained model."""
     model, adapter = case.adapted()
     twin, y = trip(model), case(model)
+    assert [*map(type, twin.modules())] == [*map(type, model.modules())]
     assert torch.equal(case(twin), y)
     twin.gpart.theta.data.zero_()
     assert torch.equal(case(model), y)
@@ -753,7 +756,8 @@ def test_a_state_dict_names_its_partition(change):
     case = MODELS["sequential"]
     (model, _), (other, adapter) = case.adapted(), case.adapted(draw=8, **change)
     theta = adapter.theta.detach().clone()
-    with pytest.raises(ValueError, match="attach the model like it"):
+    both = "^the state dict has {'N': .*, the model {'N': .*: attach the model like it$"
+    with pytest.raises(ValueError, match=both):
         other.load_state_dict(model.state_dict())
     assert torch.equal(adapter.theta, theta)
 
@@ -920,7 +924,8 @@ def test_a_wrapper_is_refused():
 def test_data_parallel_is_refused():
     """nn.DataParallel's replicas would read the frozen weights: an error."""
     model, _ = MODELS["sequential"].adapted()
-    with pytest.raises(ValueError, match="DataParallel loses the adapter: use Distrib"):
+    message = "^DataParallel loses the adapter: use DistributedDataParallel$"
+    with pytest.raises(ValueError, match=message):
         for module in model.modules():
             module._replicate_for_data_parallel()
 

@@ -43,11 +43,18 @@ LEFT_OUT = {"gpart": [], "train_glue": ["help=", '^ {19}"']}
 # who called, as what mutmut puts in is in the way; that cost most and only add an
 # architecture.
 SLOWEST = "llama or vit or mpnet or qwen2 or roberta or t5 or wav2vec2 or longformer"
-SLOWEST += " or damaged_file or every_small_partition or 14155776"
+SLOWEST += " or damaged_file or 14155776"
 SKIP = {
     "gpart": f"doctests or compiled_model or points_to_the_line or {SLOWEST}",
     "train_glue": "slow_imports or toy_files or toy_tasks_are_balanced",
 }
+FRESH = """# mutmut forks each mutant from a process that has run all tests
+import pytest, gpart
+
+@pytest.fixture(autouse=True, scope="session")
+def mixed_anew():
+    gpart.mixed.cache_clear()
+"""
 REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it lives}
     "gpart": {},
     "train_glue": {},
@@ -80,11 +87,12 @@ def prepare(section: str, folder: Path) -> None:
     text = unwrapped((ROOT / file.name).read_text(encoding="utf-8"))
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         file.write_text(text, encoding="utf-8")
+    (folder / "conftest.py").write_text(FRESH, encoding="utf-8")
     selection = [*TESTS[section], "-m", "not slow", "-k", f"not ({SKIP[section]})"]
     settings = f"""
 [tool.mutmut]
 source_paths = ["{file.name}"]
-also_copy = {json.dumps([name for name in COPIES if name != file.name])}
+also_copy = {json.dumps([*sorted({*COPIES} - {file.name}), "conftest.py"])}
 do_not_mutate_patterns = {json.dumps(LEFT_OUT[section])}
 pytest_add_cli_args_test_selection = {json.dumps(selection)}
 """

@@ -7,6 +7,7 @@ which says them again in plain integers, one index at a time.
 
 import contextlib
 import math
+import re
 import runpy
 import zlib
 from pathlib import Path
@@ -320,6 +321,17 @@ def test_all_permutations_are_equally_likely():
     assert_close(len(counts), 24)
     chi2 = ((counts - 50) ** 2 / 50).sum().item()
     assert_close(chi2, 23.0, rtol=0, atol=4 * math.sqrt(2 * 23))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (8,), (5, 1), (9, 1)], ids=str)
+def test_what_is_no_vector_of_that_length_is_refused(shape):
+    """Not even one number, which torch would spread over all."""
+    partition, v = Partition(9, 5), torch.ones(shape)
+    got = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"^need a vector \[5\], got {got}$"):
+        partition.expand(v)
+    with pytest.raises(ValueError, match=rf"^need a vector \[9\], got {got}$"):
+        partition.reduce(v)
 
 
 # --- Every (N, d) up to 20, not sampled ---
