@@ -25,10 +25,10 @@ and four of them a second time under torch.compile; "recomputed" is with functor
 aggressive_recomputation. All alternate in one process, in a new random order each
 round, and a ratio is that of two steps in the same round; the tables have medians and
 quartiles over the rounds. Peak memory is what a process that trains this side alone
-grows by (CPU), or what the side has allocated at most (CUDA); "kept" is what the
-forward pass keeps for the backward pass beside parameters. GFLOP are the matrix
-products of one step. Without arguments it runs the cases of its device and writes
-results/bench-<device>.json.
+grows by (CPU, not for the compiled ones), or what the side has allocated at most
+(CUDA); "kept" is what the forward pass keeps for the backward pass beside parameters,
+buffers and ids. GFLOP are the matrix products of one step. Without arguments it runs
+the cases of its device and writes results/bench-<device>.json.
 """
 
 import argparse
@@ -217,8 +217,6 @@ def measured(side: str, *case: Any) -> tuple[dict[str, Any], Side]:
     for _ in range(3):
         one.step()
     row = {"peak_MB": (peak(device) - before) / 1e6}
-    if side in (*EAGER, *COMPILED):
-        row["kept_MB"] = one.kept() / 1e6
     if side in SIDES:
         with FlopCounterMode(display=False) as counter:
             one.step()
@@ -241,7 +239,8 @@ def spread(values: list[float]) -> list[float]:
 def run(
     case: tuple[str, int, int, str], device: str, rounds: int, names: list[str]
 ) -> dict[str, Any]:
-    rows, sides = {}, {}
+    rows: dict[str, dict[str, Any]] = {side: {} for side in names}
+    sides = {}
     if device == "cuda":
         torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)  # workspaces
         for side in names:
@@ -250,9 +249,11 @@ def run(
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["experiments.bench"])
         with ProcessPoolExecutor(1, server, max_tasks_per_child=1) as pool:
-            jobs = {side: (measured_alone, side, *case, device) for side in names}
-            rows = {side: pool.submit(*job).result() for side, job in jobs.items()}
+            for side in (side for side in names if side in SIDES):
+                rows[side] = pool.submit(measured_alone, side, *case, device).result()
         sides = {side: Side(side, *case, device) for side in names}
+    for side in (side for side in names if side in (*EAGER, *COMPILED)):
+        rows[side]["kept_MB"] = sides[side].kept() / 1e6
     times: dict[str, list[float]] = {side: [] for side in names}
     order = [*names]
     for at in range(-2, rounds):  # two rounds to warm up
