@@ -73,10 +73,8 @@ def test_a_day_with_a_gpu_in_small(tmp_path: pathlib.Path) -> None:
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    pieces = ["tests", "bits", "ids", "stateless", "bench", "stsb"]
+    pieces = ("tests", "bits", "ids", "stateless", "bench", "stsb")
     first = call_it()
-    if not (ROOT / "experiments" / "stateless.py").exists():
-        pieces.remove("stateless")
     assert len(re.findall(": done in", first)) == len(pieces), first
     files = {name: tmp_path / f"{name}-cpu.json" for name in pieces}
     assert {*tmp_path.iterdir()} == {*files.values()}
