@@ -323,6 +323,15 @@ def test_all_permutations_are_equally_likely():
     assert_close(chi2, 23.0, rtol=0, atol=4 * math.sqrt(2 * 23))
 
 
+@pytest.mark.parametrize("isometric", [True, False])
+@pytest.mark.parametrize("d", [1, 5, 9])
+def test_dense_is_P(d, isometric):
+    partition = Partition(9, d, 3, isometric)
+    P = dense(partition)
+    assert_close(partition.dense(), P)
+    assert_close(partition.dense(torch.float32), P.float(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (4,), (8,), (5, 1), (9, 1)], ids=str)
 def test_what_is_no_vector_of_that_length_is_refused(shape):
     """Not even one number, which torch would spread over all."""
