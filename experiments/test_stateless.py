@@ -9,7 +9,6 @@ kernels for CUDA, by Triton's interpreter.
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.testing import assert_close
 
 import gpart
 import test_gpart
@@ -88,7 +86,6 @@ unmerge_is_bit_exact
 SOME = """
 a_file_gives_the_same_model
 detach_with_merge_leaves_an_ordinary_model
-half_precision_models_add_in_float32
 merge_equals_the_attached_forward
 the_gradient_is_summed_in_float32
 tied_parameters_count_once_and_move_everywhere
@@ -148,21 +145,21 @@ def test_one_loop_is_compiled_for_all_layers() -> None:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_nothing_of_weight_size_is_kept(fused: bool) -> None:
     """Neither by the model nor for backward, but the frozen weight itself."""
-    model, kept = nn.Linear(640, 480), []
+    model, kept = nn.Linear(320, 240), []
     with torch.no_grad():
         before = {t.data_ptr() for t in model.parameters()}
     adapter = gpart.attach(model, 5, target_modules=ALL, fused=fused)
     assert isinstance(adapter, StatelessGPart)
     assert (type(model) is StatelessLinear) == fused
-    assert sum(ids.bytes() for ids in adapter.ids.values()) < 4 * 640 * 480 / 100
+    assert sum(ids.bytes() for ids in adapter.ids.values()) < 4 * 320 * 240 / 100
 
     def keep(t: torch.Tensor) -> torch.Tensor:
         kept.append(t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        (model(normal(2, 640)) if fused else model.weight).sum().backward()
-    assert {t.data_ptr() for t in kept if t.numel() >= 640 * 480} <= before
+        (model(normal(2, 320)) if fused else model.weight).sum().backward()
+    assert {t.data_ptr() for t in kept if t.numel() >= 320 * 240} <= before
     assert kept
 
 
@@ -209,22 +206,32 @@ def test_an_id_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         stateless(model)
 
 
-def test_a_step_equals_that_of_stored_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """y, grad x and grad theta: on the CPU bit for bit, by the kernels to rounding."""
+DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_equals_that_of_stored_ids(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y, grad x and grad theta: on the CPU bit for bit, by the kernels to rounding.
+    (To bfloat16 Triton's interpreter truncates; see the test of machine code.)"""
     results = []
     for forgets in (True, False):
         if not forgets:
             monkeypatch.undo()
         torch.manual_seed(0)
-        model = two_layers().to(DEVICE)
+        model = two_layers().to(DEVICE, dtype)
         adapter = gpart.attach(model, D, target_modules=ALL)
         adapter.theta.data.copy_(normal(D))
-        x = normal(6, 16).to(DEVICE).requires_grad_()
+        x = normal(6, 16).to(DEVICE, dtype).requires_grad_()
         y = model(x)
         y.square().sum().backward()
         results.append([y.detach(), x.grad, adapter.theta.grad])
         assert isinstance(adapter, StatelessGPart) == forgets
-    assert_close(*results, **({} if KERNELS else {"rtol": 0, "atol": 0}))
+    near = 4 * torch.finfo(dtype).eps if KERNELS else 0
+    for by_recipe, stored in zip(*results, strict=True):
+        assert by_recipe.dtype == stored.dtype
+        assert (by_recipe - stored).norm() <= near * stored.norm()
 
 
 def test_the_script_runs(tmp_path: Path) -> None:
@@ -242,8 +249,10 @@ def test_the_script_runs(tmp_path: Path) -> None:
     assert case["rows"]["dense"]["to_dense"] == [1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_kernels_compile_for_a_gpu() -> None:
-    """As far as an H100's machine code, without one; no division is left in it."""
+    """As far as an H100's machine code, without one: no division is left in it, and the
+    update is rounded to bfloat16, not cut."""
     triton = pytest.importorskip("triton")
     if INTERPRETED:
         pytest.skip("triton interprets here")
@@ -252,18 +261,21 @@ def test_the_kernels_compile_for_a_gpu() -> None:
     from experiments import stateless_triton as kernels
 
     ids = Ids(gpart.Partition(12 * 10**9, 524288), 0, 1000)
+    code = ""
     for kernel, types in (
-        (kernels.add_kernel, ("*bf16", "*fp32", "*bf16", "i64", "i32")),
-        (kernels.sum_kernel, ("*bf16", "*fp32", "i64", "i32")),
+        (kernels.add_kernel, ["*bf16", "*fp32", "*bf16", "i64", "i32"]),
+        (kernels.sum_kernel, ["*bf16", "*fp32", "i64", "i32"]),
     ):
         n = len(types)
-        kinds = zip(kernel.arg_names, (*types, "constexpr", "constexpr"), strict=True)
-        constants = {(n,): kernels.constants(ids), (n + 1,): kernels.BLOCK}
-        source = triton.compiler.ASTSource(kernel, dict(kinds), constants)
-        code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
-        assert code["cubin"] and not {"div.", "rem."} & {
-            *re.findall(r"\b\w+\.", code["ptx"])
-        }
+        types += ["constexpr", "constexpr"]
+        values = {(n,): kernels.constants(ids), (n + 1,): kernels.BLOCK}
+        signature = dict(zip(kernel.arg_names, types, strict=True))
+        source = triton.compiler.ASTSource(kernel, signature, values)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+        assert made["cubin"]
+        code += made["ptx"]
+    assert "mul." in code and "div." not in code and "rem." not in code
+    assert "cvt.rn.bf16" in code and "relaxed.add.f32" in code
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run on Triton's interpreter")
