@@ -30,7 +30,10 @@ arithmetic and decides itself what it keeps for backward, W + P theta for one.
     python -m experiments.stateless --toy           # seconds, of no meaning
 
 measures ns a weight beside stored ids and beside the layer's own matrix product, steps
-beside the dense floor, and bytes; it writes results/stateless-<device>.json.
+beside the dense floor, and bytes; it writes results/stateless-<device>.json. Sides
+alternate, in a new random order each round; medians, and quartiles of ratios in a
+round. On a machine that is shared the processor's seconds say more than the wall's; of
+a GPU they say nothing.
 """
 
 import argparse
@@ -271,24 +274,26 @@ CASES: dict[str, list[tuple[str, int, int, str]]] = {
 
 
 def alternate(actions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """{name: seconds of each round}, in a new random order each round."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
+    """{clock: {name: seconds of each round}}, in a new random order each round."""
+    clocks = {"wall": time.perf_counter, "processor": time.process_time}
+    times: dict[str, Any] = {clock: {name: [] for name in actions} for clock in clocks}
     order = [*actions]
     for at in range(-2, rounds):  # two rounds to warm up
         random.Random(at).shuffle(order)
         for name in order:
-            start = time.perf_counter()
+            starts = {clock: read() for clock, read in clocks.items()}
             actions[name]()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if at >= 0:
-                times[name].append(time.perf_counter() - start)
+            for clock, read in clocks.items():
+                if at >= 0:
+                    times[clock][name].append(read() - starts[clock])
     return times
 
 
 @torch.no_grad()
 def layer(shape: Shape, device: str, rounds: int) -> dict[str, Any]:
-    """ns a weight of one layer in the middle of N: medians, and lower deciles."""
+    """ns a weight of one layer in the middle of N, by both clocks: medians."""
     rows, columns, tokens, N, d, dtype = shape
     P, n = gpart.Partition(N, d), rows * columns
     start = N // 2 // n * n
@@ -311,13 +316,14 @@ def layer(shape: Shape, device: str, rounds: int) -> dict[str, Any]:
         pair = (actions[f"{way}, {action}"]() for way in ("stateless", "stored"))
         torch.testing.assert_close(*pair, rtol=tolerance, atol=tolerance)
     times = alternate(actions, rounds)
-    ns = {name: [1e9 * t / n for t in ts] for name, ts in times.items()}
     return {
         **dict(zip(("out", "in", "tokens", "N", "d", "dtype"), shape, strict=True)),
         "dtype": str(dtype),
-        "ns_a_weight": {k: round(statistics.median(v), 4) for k, v in ns.items()},
-        "lower_decile": {
-            k: round(statistics.quantiles(v, n=10)[0], 4) for k, v in ns.items()
+        "ns_a_weight": {
+            name: [
+                round(1e9 / n * statistics.median(t[name]), 4) for t in times.values()
+            ]
+            for name in actions
         },
     }
 
@@ -335,9 +341,10 @@ def steps(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str
     times = alternate({name: side.step for name, side in sides.items()}, rounds)
     rows: dict[str, dict[str, Any]] = {}
     for name, side in sides.items():
-        pairs = zip(times[name], times["dense"], strict=True)
-        rows[name] = {"seconds": bench.spread(times[name])}
-        rows[name]["to_dense"] = bench.spread([a / b for a, b in pairs])
+        rows[name] = {"seconds": bench.spread(times["wall"][name])}
+        for clock, key in (("wall", "to_dense"), ("processor", "to_dense, processor")):
+            pairs = zip(times[clock][name], times[clock]["dense"], strict=True)
+            rows[name][key] = bench.spread([a / b for a, b in pairs])
         if name != "dense":
             ids = side.model.gpart.ids.values()
             sizes = [i.bytes() if isinstance(i, Ids) else i.nbytes for i in ids]
@@ -348,19 +355,19 @@ def steps(case: tuple[str, int, int, str], device: str, rounds: int) -> dict[str
 
 def table(result: dict[str, Any]) -> str:
     """The rows of the report."""
-    lines = ["| one layer, ns a weight | median | lower decile |", "|---|---|---|"]
+    lines = ["| one layer, ns a weight | wall | processor |", "|---|---|---|"]
     for row in result["layers"]:
         where = "{out} x {in}, {tokens} tokens".format(**row)
         for name, ns in row["ns_a_weight"].items():
-            low = row["lower_decile"][name]
-            lines.append(f"| {name}, {where} | {ns:.2f} | {low:.2f} |")
-    lines += ["", "| a training step | step / dense | bytes of ids |", "|---|---|---|"]
+            lines.append("| {}, {} | {:.2f} | {:.2f} |".format(name, where, *ns))
+    heads = ("step / dense, wall", "step / dense, processor", "bytes of ids")
+    lines += ["", f"| a training step | {' | '.join(heads)} |", "|---|---|---|---|"]
     for case in result["cases"]:
         what = "{model}, {batch} x {length}, {dtype}".format(**case)
         for name, row in case["rows"].items():
-            low, middle, high = row["to_dense"]
-            ratio = f"{middle:.3f} ({low:.3f}-{high:.3f})"
-            lines.append(f"| {name}, {what} | {ratio} | {row.get('ids_bytes', 0):,} |")
+            spreads = row["to_dense"], row["to_dense, processor"]
+            ratios = " | ".join(f"{b:.3f} ({a:.3f}-{c:.3f})" for a, b, c in spreads)
+            lines.append(f"| {name}, {what} | {ratios} | {row.get('ids_bytes', 0):,} |")
     return "\n".join(lines)
 
 

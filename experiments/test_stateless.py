@@ -243,7 +243,7 @@ def test_the_script_runs(tmp_path: Path) -> None:
     subprocess.run([*command, f"--output={path}"], check=True)
     result = json.loads(path.read_text(encoding="utf-8"))
     for row in result["layers"]:
-        assert all(0 < ns < math.inf for ns in row["ns_a_weight"].values())
+        assert all(0 < wall < math.inf for wall, _ in row["ns_a_weight"].values())
     (case,) = result["cases"]
     assert case["rows"]["stateless"]["ids_bytes"] < case["rows"]["gpart"]["ids_bytes"]
     assert case["rows"]["dense"]["to_dense"] == [1, 1, 1]
