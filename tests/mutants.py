@@ -55,8 +55,33 @@ import pytest, gpart
 def mixed_anew():
     gpart.mixed.cache_clear()
 """
+ONE_DEVICE = "the tests have one device, the host (tests/test_device.py takes a GPU)"
+ALONE = "GPart has no submodules"
+ANY_NAME = "any name will do for a file that is renamed"
+ASKS_WHO_CALLED = "test_the_warning_points_to_the_line_that_calls_load, left out here"
 REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it lives}
-    "gpart": {},
+    "gpart": {
+        "return self.groups(device=v.device), self.scale(None, dtype)": ONE_DEVICE,
+        "self.ids[name] = partition.groups(start, start + w.numel(), )": ONE_DEVICE,
+        "self.scale = partition.scale(None)": ONE_DEVICE,
+        "adapter.active = None": "only asked whether it is true, which None is not",
+        "def _apply(self, fn, recurse=False):": ALONE,
+        "super()._apply(lambda t: t.to(fn(t).device), None)  # moved, and never cast": (
+            ALONE
+        ),
+        "super()._apply(lambda t: t.to(fn(t).device), )  # moved, and never cast": (
+            ALONE
+        ),
+        'part = os.path.join(beside, "XXadapter.safetensorsXX")': ANY_NAME,
+        'part = os.path.join(beside, "ADAPTER.SAFETENSORS")': ANY_NAME,
+        "with open(part, ) as file:": "Linux syncs what is open for reading, too",
+        "with open(path, ):": "nothing is read: only whether it can be opened counts",
+        'fits = len(dtypes) == 1 or (dtypes < FLOATS and name != "theta")': (
+            "two dtypes are never all four"
+        ),
+        'warnings.warn(f"{name} {text}", )': ASKS_WHO_CALLED,
+        'warnings.warn(f"{name} {text}", stacklevel=4)': ASKS_WHO_CALLED,
+    },
     "train_glue": {},
 }
 
