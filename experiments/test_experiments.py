@@ -32,6 +32,7 @@ from experiments import (
     peers,
     runs,
     scaling,
+    stateless,
     train_math,
     train_vision,
     verdicts,
@@ -349,6 +350,7 @@ def test_every_table_of_the_report_is_of_a_result() -> None:
     made = [
         *map(read, RESULTS.glob("*.md")),
         *(bench.table(case) for case in results("bench-cpu")["cases"]),
+        stateless.table(results("stateless-cpu")),
         train_math.table(results("math")),
         train_vision.table(results("vision")),
     ]
@@ -441,7 +443,18 @@ def test_report_quotes_the_files() -> None:
         for curve in ("scaled", "fixed")
     }
     pairs = [*zip(curves["scaled"], curves["fixed"], strict=True)]
+    forgets = results("stateless-cpu")
+    ns = {name: times[1] for name, times in forgets["layers"][0]["ns_a_weight"].items()}
+    rows = forgets["cases"][0]["rows"]
+    of_floor = {name: rows[name]["to_dense, processor"][1] for name in rows}
     for quote in (
+        f"**{of_floor['stateless']:.2f} of the floor's time**",
+        f"a step {of_floor['stateless']:.2f} of the floor (target 1.15",
+        f"stored ids {of_floor['gpart']:.2f})",
+        f"takes {ns['stateless, ids']:.1f} ns on one core",
+        f"`Partition.groups` takes {ns['Partition.groups']:.0f}.",
+        f"{rows['stateless']['ids_bytes'] / 1e3:.0f} kB in place of "
+        f"{rows['gpart']['ids_bytes'] / 1e6:.0f} MB",
         f"{step:.3f} of it, quartiles {low:.2f} to {high:.2f}",
         f"{case['rows']['gpart']['to_unilora'][1]:.2f} of its time",
         f"from a file takes {ms['file gpart']:.1f} ms (LoRA {ms['file lora']:.0f})",
