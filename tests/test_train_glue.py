@@ -1161,18 +1161,30 @@ def undisturbed(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint
 
 
+KILLED = ("--seeds", "0", "1", "--max-steps", "20", "--output", "out")
+
+
+@pytest.fixture(scope="session")
+def straight(home: World, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder, results, checkpoints) of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        seen = Seen(patch)
+        results = home(*KILLED)
+    return folder, results, [undisturbed(one) for one in seen.kept]
+
+
 @pytest.mark.parametrize("kills", [[1], [2, 7], [10], [11], [12, 3]])
 def test_a_killed_run_ends_as_an_undisturbed_one_does(
-    world: World, seen: Seen, kills: list[int]
+    straight: Any, world: World, seen: Seen, kills: list[int]
 ) -> None:
     """Two seeds of ten dev evaluations each, killed after some of the checkpoints,
     while it still improves: every later checkpoint (weights, moments and steps of
     AdamW, schedule, dev curve, the best step) and the results are the same."""
-    flags = ("--seeds", "0", "1", "--max-steps", "20")
-    whole = world(*flags, "--output", "whole")
-    straight = [undisturbed(one) for one in seen.kept]
-    assert len(straight) == 2 * (10 + 1)
-    steps = [one["run"]["optimizer"]["state"][0]["step"] for one in straight[:10]]
+    folder, whole, checkpoints = straight
+    assert len(checkpoints) == 2 * (10 + 1)
+    steps = [one["run"]["optimizer"]["state"][0]["step"] for one in checkpoints[:10]]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
     curves = [dict(run["curve"]) for run in whole["runs"]]
     assert all(curve[2] < curve[20] for curve in curves)  # it still learns
@@ -1181,18 +1193,18 @@ def test_a_killed_run_ends_as_an_undisturbed_one_does(
         seen.kept.clear()
         seen.kill_at = kill
         with pytest.raises(Killed):
-            world(*flags, "--output", "killed", "--resume")
-        for mine, theirs in zip(seen.kept, straight[done:], strict=False):
+            world(*KILLED, "--resume")
+        for mine, theirs in zip(seen.kept, checkpoints[done:], strict=False):
             assert equal(undisturbed(mine), theirs)
         done += kill
     seen.kept.clear()
     seen.kill_at = math.inf
-    killed = world(*flags, "--output", "killed", "--resume")
+    killed = world(*KILLED, "--resume")
     rest = [undisturbed(one) for one in seen.kept]
-    assert len(rest) == len(straight) - done and equal(rest, straight[done:])
+    assert len(rest) == len(checkpoints) - done and equal(rest, checkpoints[done:])
     for one, other in zip(killed["runs"], whole["runs"], strict=True):
         assert {**one, "minutes": 0} == {**other, "minutes": 0}
-        files = [f"{folder}/{one['adapter']}" for folder in ("killed", "whole")]
+        files = [f"{where}/out/{one['adapter']}" for where in (".", folder)]
         assert equal(*map(load_file, files))
 
 
