@@ -541,11 +541,18 @@ def test_dropout_differs_at_every_step(world: World, seen: Seen) -> None:
     assert seen.dropout == [1, 2, 3, 4, 5, *range(1_000_004, 1_000_009)]
 
 
-def test_the_file_names_the_partition_seed(world: World) -> None:
-    """So that P is found again whatever the run seed was."""
-    world("--partition-seed", "6", "--max-steps", "1", "--output", "out")
+def test_the_file_names_the_partition_seed_and_the_model(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that P is found again whatever the run seed was, and the weights wherever they
+    lay."""
+    monkeypatch.setattr(train_glue, "model_path", lambda name: world.model)
+    flags = ("--model", "someone/bert", "--partition-seed", "6", "--max-steps", "1")
+    world(*flags, "--output", "out")
     with safe_open("out/adapter.safetensors", "pt") as file:
-        assert file.metadata()["seed"] == "6"
+        metadata = file.metadata()
+    assert metadata["seed"] == "6"
+    assert metadata["base_model_name_or_path"] == "someone/bert"
 
 
 def test_seeds_give_median_and_deviation(world: World) -> None:
@@ -1429,6 +1436,7 @@ IGNORED = [
     ("c3a", ["--partition-seed"]),
 ]
 VALUES = {"--target-modules": "query", "--partition-seed": "0", "--d": "23040"}
+VALUES["--weight-decay"] = "0"
 
 
 def test_flags_that_a_method_ignores_are_refused() -> None:
@@ -1687,6 +1695,16 @@ def test_results_say_all_that_was_run(
     assert "a b/ has results.json and the adapter, which gave the\nsame when" in out
 
 
+def test_without_arguments_they_are_the_command_lines(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As python train_glue.py has them, and results.json says so."""
+    monkeypatch.setattr(sys, "argv", ["x.py", *world.command("--max-steps", "1")])
+    results = train_glue.main()
+    assert results["settings"]["steps"] == 1
+    assert results["command"].endswith(" --max-steps 1")
+
+
 def test_only_a_method_with_a_d_reports_one(world: World) -> None:
     """Not the head alone."""
     command = world.command("--max-steps", "1", "--method", "head")
@@ -1746,18 +1764,22 @@ def test_the_curve_is_drawn_where_matplotlib_is(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A picture of what results.json has; without matplotlib none, and no failure."""
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-    drawn, plot = [], Axes.plot
+    drawn, save = [], Figure.savefig
 
-    def see(axes: Any, x: Any, y: Any, *args: Any, **look: Any) -> Any:
-        drawn.append((look["label"], [*x], [*y]))
-        return plot(axes, x, y, *args, **look)
+    def see(figure: Any, path: pathlib.Path) -> None:
+        drawn.append(figure)
+        save(figure, path)
 
-    monkeypatch.setattr(Axes, "plot", see)
+    monkeypatch.setattr(Figure, "savefig", see)
     results = world("--max-steps", "3", "--seeds", "0", "1", "--output", "with")
-    curves = [[*zip(*run["curve"], strict=True)] for run in results["runs"]]
-    assert drawn == [(f"seed {i}", [*x], [*y]) for i, (x, y) in enumerate(curves)]
+    (axis,) = drawn[0].axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("step", "sst2, dev accuracy")
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert names == ["seed 0", "seed 1"]
+    curves = [line.get_xydata().tolist() for line in axis.lines]
+    assert curves == [run["curve"] for run in results["runs"]]
     assert pathlib.Path("with/curve.png").read_bytes()[:4] == b"\x89PNG"
     find = importlib.util.find_spec
     monkeypatch.setattr(
