@@ -82,7 +82,37 @@ REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it l
         'warnings.warn(f"{name} {text}", )': ASKS_WHO_CALLED,
         'warnings.warn(f"{name} {text}", stacklevel=4)': ASKS_WHO_CALLED,
     },
-    "train_glue": {},
+    "train_glue": {
+        "millions = sum(p.numel() for p in model.parameters()) / 1000001.0": (
+            "the same to the one decimal that is printed"
+        ),
+        'probe = output / "CHECKPOINT.PT.TMP"': (
+            "any name will do for a file that is removed again"
+        ),
+        "figure = Figure(figsize=(5, 3), layout=None)": "how a picture looks",
+        'found[1] = torch.load(state, map_location="cpu")': (
+            "torch's default since 2.6, the oldest that is allowed"
+        ),
+        "row = dict(zip(task.columns, fields, strict=None))": (
+            "as many, by the lines before"
+        ),
+        "fresh = accelerator.prepare_model(fresh, evaluation_mode=None)": (
+            "among several processes it spares a wrapping; the numbers are the same"
+        ),
+        'bar.set_postfix(loss=f"{loss.item():.3f}", )': "how a progress bar looks",
+        'now = {"XXseedXX": seed, "step": step, "best": best, "curve": curve}': (
+            "for whoever looks into a checkpoint; no run reads it"
+        ),
+        'now = {"SEED": seed, "step": step, "best": best, "curve": curve}': (
+            "for whoever looks into a checkpoint; no run reads it"
+        ),
+        'best = state.get("best", {"dev": -math.inf, "XXstepXX": 0, "weights": {}})': (
+            "read only beside weights, which come with a step"
+        ),
+        "*map(list, zip(*texts, strict=False)),": "each row has its task's texts",
+        "_, scores, losses = zip(*everywhere, strict=False)": "triples, all of them",
+        "scores = logits.argmax(+1).float()": "of two dimensions 1 is the last",
+    },
 }
 
 
