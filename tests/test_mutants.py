@@ -2,12 +2,15 @@
 """What mutants.py mutates is the file itself."""
 
 import pathlib
+import re
 import types
 
 import pytest
 import torch
 
 from tests import mutants
+
+RESULTS = [*(mutants.ROOT / "tests" / "results").glob("mutants-*.md")]
 
 
 @pytest.mark.parametrize("section", mutants.TESTS)
@@ -43,3 +46,15 @@ def test_what_the_mutants_face_is_there(tmp_path: pathlib.Path) -> None:
         assert (tmp_path / name).exists(), name
     for name in mutants.TESTS["gpart"]:
         assert (mutants.ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_the_page_has_the_score(path: pathlib.Path) -> None:
+    """tests/README.md says how many are noticed, and each survivor has a reason."""
+    said = path.read_text(encoding="utf-8")
+    score = re.search(r"\*\*([\d,]+) of ([\d,]+) killed", said)
+    killed, tried = (int(number.replace(",", "")) for number in score.groups())
+    page = (mutants.ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    assert f"{killed:,} of {tried:,}" in page
+    rows = said.partition("|---|---|---|\n")[2].strip().splitlines()
+    assert len(rows) == tried - killed and "unexplained" not in said
