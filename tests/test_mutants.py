@@ -10,8 +10,6 @@ import torch
 
 from tests import mutants
 
-RESULTS = [*(mutants.ROOT / "tests" / "results").glob("mutants-*.md")]
-
 
 @pytest.mark.parametrize("section", mutants.TESTS)
 def test_unwrapping_decorators_changes_nothing(section: str) -> None:
@@ -48,9 +46,9 @@ def test_what_the_mutants_face_is_there(tmp_path: pathlib.Path) -> None:
         assert (mutants.ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
-def test_the_page_has_the_score(path: pathlib.Path) -> None:
+def test_the_page_has_the_score_of_train_glue() -> None:
     """tests/README.md says how many are noticed, and each survivor has a reason."""
+    path = mutants.ROOT / "tests" / "results" / "mutants-train_glue.md"
     said = path.read_text(encoding="utf-8")
     score = re.search(r"\*\*([\d,]+) of ([\d,]+) killed", said)
     killed, tried = (int(number.replace(",", "")) for number in score.groups())
