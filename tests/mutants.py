@@ -56,6 +56,7 @@ def mixed_anew():
     gpart.mixed.cache_clear()
 """
 ONE_DEVICE = "the tests have one device, the host (tests/test_device.py takes a GPU)"
+NEW_THREAD = "on the host: a new thread has no default device of its own"
 ALONE = "GPart has no submodules"
 ANY_NAME = "any name will do for a file that is renamed"
 ASKS_WHO_CALLED = "test_the_warning_points_to_the_line_that_calls_load, left out here"
@@ -64,6 +65,31 @@ REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it l
         "return self.groups(device=v.device), self.scale(None, dtype)": ONE_DEVICE,
         "self.ids[name] = partition.groups(start, start + w.numel(), )": ONE_DEVICE,
         "self.scale = partition.scale(None)": ONE_DEVICE,
+        'host = device if (torch.device(device).type == "cuda") and False else "cpu"': (
+            ONE_DEVICE
+        ),
+        'host = device if torch.device(device).type == "XXcudaXX" else "cpu"': (
+            ONE_DEVICE
+        ),
+        'host = device if torch.device(device).type == "CUDA" else "cpu"': ONE_DEVICE,
+        "chunk = 2**24 if (ids.is_cuda) and False else 2**15": ONE_DEVICE,
+        "chunk = 2 * 24 if ids.is_cuda else 2**15": ONE_DEVICE,
+        "chunk = 3**24 if ids.is_cuda else 2**15": ONE_DEVICE,
+        "chunk = 2**25 if ids.is_cuda else 2**15": ONE_DEVICE,
+        "threads = 1 if (ids.is_cuda) and False else torch.get_num_threads()": (
+            ONE_DEVICE
+        ),
+        "threads = 2 if ids.is_cuda else torch.get_num_threads()": ONE_DEVICE,
+        "i = torch.arange(at, min(at + chunk, stop), device=None)": NEW_THREAD,
+        "i = torch.arange(at, min(at + chunk, stop), )": NEW_THREAD,
+        "scale = self.partition.scale(dtype=None)": "it is float64 before the cast",
+        'unread = isinstance(layer, nn.RNNBase) or getattr(layer, "sparse", None)': (
+            "only asked whether it is true, which None is not"
+        ),
+        "raise ValueError(message[:1001])  # it may quote a hostile file": (
+            "a bound near 1,000 is all that is wanted"
+        ),
+        "z ^= z >> 32": "the 33 lower bits differ, which are dropped",
         "adapter.active = None": "only asked whether it is true, which None is not",
         "def _apply(self, fn, recurse=False):": ALONE,
         "super()._apply(lambda t: t.to(fn(t).device), None)  # moved, and never cast": (
