@@ -143,6 +143,14 @@ def adapter_bytes(side: str, model: nn.Module) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
+def recomputing(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """A backend of its own, for dynamo takes equal graphs of one backend for one."""
+    from torch._inductor.compile_fx import compile_fx  # the compiler takes a while
+
+    with functorch.patch(aggressive_recomputation=True):
+        return compile_fx(graph, inputs)
+
+
 class Side:
     """A model, compiled perhaps, its optimizer and one fixed batch."""
 
@@ -158,11 +166,11 @@ class Side:
         labels = ids if name.startswith("qwen") else ids[:, 0] % 2
         self.batch = {"input_ids": ids, "labels": labels}
         self.autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
-        if options:  # compiled at the first step
-            self.model.compile()
-            again = "recomputed" in options
-            with functorch.patch(aggressive_recomputation=again):
-                self.step()
+        if options:  # at the first step
+            self.model.compile(
+                backend=recomputing if "recomputed" in options else "inductor"
+            )
+            self.step()
 
     def step(self) -> float:
         """Seconds of one training step."""

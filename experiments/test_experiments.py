@@ -102,6 +102,24 @@ def test_every_side_of_the_bench_trains(side: str) -> None:
     assert size > 4 * sum(p.numel() for p in one.trained)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compile_keeps_the_weights_unless_told_to_recompute() -> None:
+    """For backward: nothing of a weight's size beyond the dense floor in eager mode;
+    compiled the two W + P theta whose layer has a gradient to pass on; recomputed
+    nothing again."""
+    torch.compiler.reset()
+    weight, small = 4 * 32 * 32, 1000  # bytes; theta and its scale have 100 numbers
+
+    def kept(side: str) -> int:
+        return bench.Side(side, "tiny", 2, 8, "fp32", "cpu").kept()
+
+    floor, compiled_floor = kept("dense"), kept("dense, compiled")
+    assert 0 <= kept("gpart") - floor < small
+    assert 0 <= kept("gpart, compiled") - compiled_floor - 2 * weight < small
+    assert kept("gpart, compiled, recomputed") < compiled_floor
+
+
 def test_scaling_refuses_a_formula_that_is_off() -> None:
     """Two per mille are too many."""
     scaling.check({"state": 1000.5}, {"state": 1000.0})
