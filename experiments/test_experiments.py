@@ -451,6 +451,8 @@ def test_report_quotes_the_files() -> None:
     ]
     base, large = models["RoBERTa-base"], models["RoBERTa-large"]
     llama = models["Llama 3 8B, by matrix"]
+    shape = results("scaling")["models"]["Llama 3 8B"]
+    threads = results("ids-cpu")["to_one_thread"]
     curves = {
         curve: [
             cell["metric"]
@@ -483,7 +485,9 @@ def test_report_quotes_the_files() -> None:
         f"{min(ids):.0f} to {max(ids):.0f} ns a weight",
         f"attach takes {base['attach']:.1f} s and load {base['load']:.1f} s",
         f"{large['attach']:.1f} and {large['load']:.1f} s for RoBERTa-large",
-        f"meta device in {llama['attach']:.2f} s",
+        f"{1 + 12 * shape['N'] / shape['A']:.1f} times the traffic",
+        f"takes {threads['groups']:.2f} of one's time",
+        f"and {threads['2^17, 2 threads']:.2f} in chunks of 2^17",
         f"ids then take {llama['ids']:.0f} s and the update {llama['merge']:.0f} s",
         f"at {sum(a > b for a, b in pairs)} of {len(pairs)} points",
     ):
