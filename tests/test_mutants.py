@@ -46,9 +46,10 @@ def test_what_the_mutants_face_is_there(tmp_path: pathlib.Path) -> None:
         assert (mutants.ROOT / name).exists(), name
 
 
-def test_the_page_has_the_score_of_train_glue() -> None:
+@pytest.mark.parametrize("section", mutants.TESTS)
+def test_the_page_has_the_score(section: str) -> None:
     """tests/README.md says how many are noticed, and each survivor has a reason."""
-    path = mutants.ROOT / "tests" / "results" / "mutants-train_glue.md"
+    path = mutants.ROOT / "tests" / "results" / f"mutants-{section}.md"
     said = path.read_text(encoding="utf-8")
     score = re.search(r"\*\*([\d,]+) of ([\d,]+) killed", said)
     killed, tried = (int(number.replace(",", "")) for number in score.groups())
