@@ -703,7 +703,7 @@ def check_writable(output: Path, need: int) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have removed it
     except OSError as error:
         raise ValueError(
             f"--output {output} cannot be written to: {error.strerror}"
