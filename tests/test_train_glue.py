@@ -296,9 +296,14 @@ def test_validation_rows_influence_nothing_else(
     pathlib.Path("data/SST-2/dev.tsv").write_text(other, encoding="utf-8")
     two = world("--output", "two", "--data-dir", "data")
     assert (one["median"], two["median"]) == (0.0, 1.0)
-    for a, b in zip(seen.kept[: first - 1], seen.kept[first:-1], strict=True):
-        a["run"]["seconds"] = b["run"]["seconds"] = 0
-        assert equal(a["run"], b["run"])
+    states = [
+        {run["step"]: {**run, "seconds": 0} for run in (kept["run"] for kept in part)}
+        for part in (seen.kept[: first - 1], seen.kept[first:-1])
+    ]  # on a slow machine one is kept between two evaluations too, every 30 seconds
+    for step, curve in ((step, run["curve"]) for step, run in states[0].items()):
+        if curve and curve[-1][0] == step:
+            assert equal(states[0][step], states[1][step])
+    assert {*states[0]} & {*states[1]} >= {*range(3, 31, 3)}
     files = [load_file(f"{name}/adapter.safetensors") for name in ("one", "two")]
     assert equal(*files)
 
