@@ -793,7 +793,7 @@ def file(tmp_path):
     return path
 
 
-# --- 8. Errors: what was got, what is allowed, what to do ---
+# --- 7. Errors: what was got, what is allowed, what to do ---
 TYPES = [{"d": 1e2}, {"d": True}, {"d": "5"}, {"seed": None}, {"isometric": 1}]
 
 
