@@ -23,6 +23,7 @@ import train_glue
 from experiments import (
     algebra,
     bench,
+    bench_parts,
     decay,
     dimension,
     evidence,
@@ -118,6 +119,13 @@ def test_compile_keeps_the_weights_unless_told_to_recompute() -> None:
     assert 0 <= kept("gpart") - floor < small
     assert 0 <= kept("gpart, compiled") - compiled_floor - 2 * weight < small
     assert kept("gpart, compiled, recomputed") < compiled_floor
+
+
+def test_every_way_to_write_a_layer_runs() -> None:
+    """Each that bench_parts.py times; of its parts too."""
+    for actions in (bench_parts.layer("cpu", 1, 2), bench_parts.single("cpu", 1, 2)):
+        for action in actions.values():
+            action()
 
 
 def test_scaling_refuses_a_formula_that_is_off() -> None:
