@@ -1491,6 +1491,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(
     assert message in capsys.readouterr().err and not seen.trained
 
 
+def test_two_processes_may_try_a_folder_at_one_moment(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the other one has removed what this one has just written."""
+    monkeypatch.setattr(pathlib.Path, "touch", lambda path: None)
+    train_glue.check_writable(tmp_path / "new", 1)
+    assert (tmp_path / "new").is_dir()
+
+
 def test_a_full_disk_is_refused_before_training(
     world: World, seen: Seen, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
