@@ -84,8 +84,13 @@ CASES = {  # model, batch, length, dtype
 }
 
 
-def base_model(name: str) -> nn.Module:
+def base_model(name: str, device: str = "cpu") -> nn.Module:
     """The architecture with random weights, float32, nothing dropped out."""
+    with torch.device(device):  # a GPU draws the weights at once
+        return drawn(name)
+
+
+def drawn(name: str) -> nn.Module:
     shape = {key: MODELS[name][key] for key in ("hidden_size", "num_hidden_layers")}
     h = shape["hidden_size"]
     torch.manual_seed(0)
@@ -114,7 +119,7 @@ def base_model(name: str) -> nn.Module:
 
 def build(side: str, name: str, device: str) -> nn.Module:
     """The model with what one method trains; the rest, the head too, is frozen."""
-    model = base_model(name)
+    model = base_model(name, device)
     targets, d = MODELS[name]["target_modules"], MODELS[name]["d"]
     if side == "dense":
         ends = tuple(f".{target}.weight" for target in targets)

@@ -12,8 +12,8 @@ Each names the commit that it was run at. Seed 0 with partition 0 and decay 0.1 
 glue_table.py and dimension.py ran, in bf16; those results, which have no loss, serve to
 choose rates, are read from results/glue/ and are not run again.
 
-STAGES are run in their order; what a stage runs may depend on what those before it
-found.
+STAGES are run in their order, as far as there are workers; what a stage runs may depend
+on what those before it found. A run is on the GPU where there is one.
 
     rates      two more rates for GPart, its non-isometric variant and Uni-LoRA, seed 0.
                On STS-B and SST-2 five are known, and the two are a factor sqrt(3) from
@@ -37,7 +37,11 @@ worse, if below; else they cannot be told apart. The same for the loss, which re
 more. Small d and dose: the same with three seeds.
 """
 
+import concurrent.futures
+import contextlib
 import math
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,12 +245,37 @@ STAGES: list[Callable[[], list[Cell]]] = [
 ]
 
 
+def waiting() -> list[Cell]:
+    """What can run now, in the stages' order: a stage whose rates are not all there has
+    to wait, and nothing else has."""
+    cells: list[Cell] = []
+    for stage in STAGES:
+        with contextlib.suppress(ValueError):
+            cells += stage()
+    return [cell for cell in dict.fromkeys(cells) if not cell.known.exists()]
+
+
 def main() -> None:
     args = glue.parse(__doc__)
-    for number, stage in enumerate(STAGES, start=1):
-        cells = [cell for cell in dict.fromkeys(stage()) if not cell.known.exists()]
-        print(f"stage {number} of {len(STAGES)}: {len(cells)} runs to do", flush=True)
-        glue.run_all(args, [(cell.path, cell.command) for cell in cells])
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    spawn = multiprocessing.get_context("spawn")
+    begun: set[Cell] = set()
+    running: set[Any] = set()
+    with concurrent.futures.ProcessPoolExecutor(args.workers, spawn) as pool:
+        while True:
+            free = args.workers - len(running)
+            for cell in [cell for cell in waiting() if cell not in begun][:free]:
+                begun.add(cell)
+                running.add(pool.submit(glue.run, args, cell.path, cell.command))
+            if not running:
+                break
+            first = concurrent.futures.FIRST_COMPLETED
+            done, running = concurrent.futures.wait(running, return_when=first)
+            for future in done:
+                if error := future.exception():  # the others go on
+                    print(error, flush=True)
+    if left := waiting():
+        raise SystemExit(f"{len(left)} runs failed")
 
 
 if __name__ == "__main__":
