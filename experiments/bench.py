@@ -86,7 +86,7 @@ CASES = {  # model, batch, length, dtype
 
 def base_model(name: str, device: str = "cpu") -> nn.Module:
     """The architecture with random weights, float32, nothing dropped out."""
-    with torch.device(device):  # a GPU draws the weights at once
+    with torch.device(device):  # a GPU draws them at once
         return drawn(name)
 
 

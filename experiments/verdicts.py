@@ -11,6 +11,7 @@ figures/exponent.png.
 """
 
 import argparse
+import collections
 import json
 import math
 import statistics
@@ -312,6 +313,18 @@ def trained(cell: Cell) -> dict[str, str]:
 
 
 # --- The page ---
+def devices(results: list[dict[str, Any]]) -> str:
+    """What ran where: a run that diverged does not say."""
+    found: collections.Counter[str] = collections.Counter()
+    for result in results:
+        if "device" in result:
+            versions = result["versions"]
+            names = ("python", "torch", "transformers", "gpart")
+            software = ", ".join(f"{name} {versions[name]}" for name in names)
+            found[f"{result['device']} ({software})"] += 1
+    return ";\n".join(f"{n} on {where}" for where, n in sorted(found.items()))
+
+
 def render() -> str:
     results = [
         json.loads(path.read_text(encoding="utf-8"))
@@ -319,13 +332,12 @@ def render() -> str:
     ]
     hours = sum(r.get("minutes", 0.0) for r in results) / 60
     commits = ", ".join(sorted({r["commit"][:9] for r in results}))
-    versions = {json.dumps(r["versions"]) for r in results if "versions" in r}
     return f"""# Evidence
 
 `python -m experiments.evidence --data-dir glue`, then `python -m experiments.verdicts`:
-{len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}.
-{"; ".join(sorted(versions))}.
-Metrics in percent, losses in thousandths; intervals 95 %.
+{len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}:
+{devices(results)}.
+A pair is of one device. Metrics in percent, losses in thousandths; intervals 95 %.
 
 ## Rates
 

@@ -233,7 +233,7 @@ def test_fused_keeps_no_weight_for_backward():
     for fused in (True, False):
         model = torch.nn.Sequential(torch.nn.Linear(2048, 2048)).to(DEVICE)
         gpart.attach(model, D, target_modules="0", fused=fused)
-        x = torch.ones(8, 2048, device=DEVICE)
+        x = torch.ones(8, 2048, device=DEVICE, requires_grad=True)
         model(x)  # workspaces of the first product
         before = torch.cuda.memory_allocated()
         y = model(x)
