@@ -390,6 +390,7 @@ def loss_of(model, theta, x):
     return torch.func.functional_call(model, tensors, (x,)).square().sum()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="ids are int32: torch 2.8")
 @FUSED
 def test_torch_func_agrees_with_autograd(fused):
     """torch.func's grad, jacrev, and vmap of grad over inputs and over thetas."""

@@ -18,7 +18,7 @@ leaves undefined, and without vector instructions gave other bits. The few weigh
 land beyond N, at most one in sqrt(N), are found once and their ids kept.
 
 On CUDA two Triton kernels (stateless_triton.py) compute ids in registers: one gathers
-and adds, W + P theta; one sums atomically, P^T grad_w. Not yet run on a GPU.
+and adds, W + P theta; one sums atomically, P^T grad_w.
 
 What is kept from forward to backward is x, W, theta and scale, as in gpart.py, and no
 ids. On the CPU there is one layer's int32 ids while they are used, as there is one
@@ -359,7 +359,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["layers"]:
         where = "{out} x {in}, {tokens} tokens".format(**row)
         for name, ns in row["ns_a_weight"].items():
-            lines.append("| {}, {} | {:.2f} | {:.2f} |".format(name, where, *ns))
+            lines.append("| {}, {} | {:.3g} | {:.3g} |".format(name, where, *ns))
     heads = ("step / dense, wall", "step / dense, processor", "bytes of ids")
     lines += ["", f"| a training step | {' | '.join(heads)} |", "|---|---|---|---|"]
     for case in result["cases"]:

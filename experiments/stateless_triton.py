@@ -4,10 +4,10 @@
     moved[k] = W[k] + values[g(start + k)]        values = theta scale [d]
     sums[g(start + k)] += grad_w[k]               atomically
 
-Not yet run on a GPU; Triton's interpreter runs them on a CPU, where the tests compare
-them with gpart.py. One partition's N, d and keys are constants to the compiler, which
-turns remainders by a constant into products. N up to 2^62: i and x have 64 bits, the
-halves of i and the hash 32.
+stateless.py compares them with gpart.py on a GPU before it times them, and the tests on
+a CPU, where Triton's interpreter runs them. One partition's N, d and keys are constants
+to the compiler, which turns remainders by a constant into products. N up to 2^62: i and
+x have 64 bits, the halves of i and the hash 32.
 """
 
 from typing import Any

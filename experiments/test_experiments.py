@@ -375,8 +375,14 @@ def test_every_table_of_the_report_is_of_a_result() -> None:
     list of verdicts and that of the scripts."""
     made = [
         *map(read, RESULTS.glob("*.md")),
-        *(bench.table(case) for case in results("bench-cpu")["cases"]),
-        stateless.table(results("stateless-cpu")),
+        *(
+            table
+            for device in ("cpu", "cuda")
+            for table in (
+                *map(bench.table, results(f"bench-{device}")["cases"]),
+                stateless.table(results(f"stateless-{device}")),
+            )
+        ),
         train_math.table(results("math")),
         train_vision.table(results("vision")),
     ]
@@ -475,7 +481,23 @@ def test_report_quotes_the_files() -> None:
     ns = {name: times[1] for name, times in forgets["layers"][0]["ns_a_weight"].items()}
     rows = forgets["cases"][0]["rows"]
     of_floor = {name: rows[name]["to_dense, processor"][1] for name in rows}
+    bf16, fp32, long = (one["rows"] for one in results("bench-cuda")["cases"])
+    on_gpu = results("ids-cuda")["ns"]
+    kernels = results("stateless-cuda")["layers"][1]["ns_a_weight"]
     for quote in (
+        f"takes {1e3 * bf16['dense']['seconds'][1]:.0f} ms with 128 tokens a row and "
+        f"{1e3 * long['dense']['seconds'][1]:.0f} with 512",
+        f"GPart is then at {bf16['gpart']['to_dense'][1]:.2f} and "
+        f"{long['gpart']['to_dense'][1]:.2f} of the floor",
+        f"own, at {bf16['plain']['to_dense'][1]:.2f} and "
+        f"{long['plain']['to_dense'][1]:.2f}.",
+        f"sums take the time, GPart is at {fp32['gpart']['to_dense'][1]:.2f}.",
+        f"an id takes {on_gpu['groups']:.2f} ns",
+        f"it would take {on_gpu['2^15, 1 threads']:.0f} ns",
+        f"in chunks of 2^20 {on_gpu['2^20, 1 threads']:.1f}.",
+        f"{kernels['stateless, W + P theta'][0]:.4f} ns a weight for W + P theta, "
+        f"{kernels['stored, W + P theta'][0]:.4f} from stored ids, beside "
+        f"{kernels['x W^T'][0]:.4f} for the product",
         f"**{of_floor['stateless']:.2f} of the floor's time**",
         f"a step {of_floor['stateless']:.2f} of the floor (target 1.15",
         f"stored ids {of_floor['gpart']:.2f})",
