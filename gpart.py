@@ -770,10 +770,9 @@ def check_values(path, own, tensors):
 
 
 def warn_of_another_base(own, base):
-    sums = base_sums(own)
-    for name in [name for name in base if name in sums]:
-        norm = own[name].detach().double().norm().item()
-        if abs(sums[name] - base[name]) > 0.01 * norm:
+    for name, total in base_sums(own).items():
+        off = abs(total - base.get(name, total))
+        if off and off > 0.01 * own[name].detach().double().norm().item():
             text = "is not what the adapter was trained on: another checkpoint, a head"
             text += " not in modules_to_save, or BatchNorm statistics that moved?"
             warnings.warn(f"{name} {text}", stacklevel=3)
