@@ -524,6 +524,21 @@ def test_report_quotes_the_files() -> None:
         assert quote in SENTENCES
 
 
+def test_what_learns_rte_is_of_the_runs() -> None:
+    """The page has a row for each file, and the README the best of them on a CPU."""
+    page, best = read(RESULTS / "rte.md"), 0.0
+    for path in (RESULTS / "rte").glob("*.json"):
+        run = json.loads(read(path))
+        s, per_seed = run["settings"], [f"{x:.3f}" for x in run["per_seed"]]
+        steps = f"{s['steps']:,} x {s['batch_size']}"
+        row = f"| {run['method']} | {s['lr']:g} | {steps} | {', '.join(per_seed)} |"
+        assert f"{row} {run['minutes']:.1f} | {run['device']} |" in page
+        if "CPU" in run["device"] and run["median"] > best:
+            best = run["median"]
+            quote = f"{per_seed[0]} in {run['minutes']:.0f} minutes, one seed"
+    assert best > run["majority"] and quote in read(ROOT / "README.md")
+
+
 @pytest.mark.parametrize("folder", ["experiments", "tests"])
 def test_report_links_to_what_is_there(folder: str) -> None:
     """Files, figures, and its own sections; so does the page of the tests."""
