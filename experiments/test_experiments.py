@@ -956,6 +956,21 @@ def test_a_stop_leaves_whole_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(evidence.PAIRED) > 2 and len({*evidence.PAIRED}) == 10
 
 
+def test_a_stage_without_its_rates_holds_up_nothing(
+    ran: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits is in the stages' order, once, until it has a result."""
+    a, b = (evidence.Cell("sst2", "c3a", rate) for rate in (0.1, 0.2))
+
+    def unknown() -> list[evidence.Cell]:
+        raise ValueError
+
+    monkeypatch.setattr(evidence, "STAGES", [unknown, lambda: [b], lambda: [a, b]])
+    assert evidence.waiting() == [b, a]
+    ran(b, None)
+    assert evidence.waiting() == [a]
+
+
 def test_interval_is_students() -> None:
     """scipy's own; of equal values it is a point, of one value there is none."""
     values = [1.0, 2.0, 4.5, 3.0]
