@@ -525,7 +525,8 @@ def test_report_quotes_the_files() -> None:
 
 
 def test_what_learns_rte_is_of_the_runs() -> None:
-    """The page has a row for each file, and the README the best of them on a CPU."""
+    """The page has a row for each file, the README the best of them on a CPU, and what
+    the same script gives on STS-B."""
     page, best = read(RESULTS / "rte.md"), 0.0
     for path in (RESULTS / "rte").glob("*.json"):
         run = json.loads(read(path))
@@ -536,7 +537,10 @@ def test_what_learns_rte_is_of_the_runs() -> None:
         if "CPU" in run["device"] and run["median"] > best:
             best = run["median"]
             quote = f"{per_seed[0]} in {run['minutes']:.0f} minutes, one seed"
-    assert best > run["majority"] and quote in read(ROOT / "README.md")
+    readme, stsb = read(ROOT / "README.md"), results("stsb-200-cpu")
+    assert best > run["majority"] and quote in readme
+    quote = f"a Pearson of {stsb['median']:.3f} in {stsb['minutes']:.0f} minutes"
+    assert quote in readme and stsb["settings"]["steps"] == 200
 
 
 @pytest.mark.parametrize("folder", ["experiments", "tests"])
