@@ -770,8 +770,9 @@ def check_values(path, own, tensors):
 
 
 def warn_of_another_base(own, base):
-    for name, total in base_sums(own).items():
-        off = abs(total - base.get(name, total))
+    sums = base_sums(own)
+    for name, total in base.items():
+        off = abs(sums.get(name, total) - total)
         if off and off > 0.01 * own[name].detach().double().norm().item():
             text = "is not what the adapter was trained on: another checkpoint, a head"
             text += " not in modules_to_save, or BatchNorm statistics that moved?"

@@ -61,6 +61,19 @@ def file(tmp_path):
     return path
 
 
+# --- Another base ---
+def test_the_first_in_the_order_of_the_file_is_named(tmp_path):
+    """Where several tensors differ, whatever order this model has them in."""
+    path = tmp_path / "adapter.safetensors"
+    a, b, c = (torch.nn.Linear(4, 4) for _ in "123")
+    model = torch.nn.ModuleDict({"z": a, "a": b, "target": c})
+    attach(model, 2, target_modules="target")
+    save(model, path)
+    others = {name: torch.nn.Linear(4, 4) for name in ("a", "target", "z")}
+    with pytest.warns(UserWarning, match="^z.weight is not what"):
+        load(torch.nn.ModuleDict(others), path)
+
+
 # --- Round trips ---
 def test_a_loaded_model_is_the_saved_one(file):
     """A fresh model that loads the file: weights, head, buffers and flags."""
