@@ -21,6 +21,7 @@ if [ "${1:-}" = --dry ]; then
   quick="not compiled and not formats and not slices"
   ids="--N 100000 --rounds 2"
   bench="--model tiny --batch 2 --length 8 --rounds 2"
+  compiled=$bench
   stateless="--toy"
   budget="--max-steps 2 --max-length 16 --batch-size 4 --max-train-samples 40"
 elif ! python -c "import torch; assert torch.cuda.is_available()"; then
@@ -133,7 +134,9 @@ elif ! has datasets; then
 else
   piece stsb 4
 fi
-if [ "$device" = cuda ]; then
+if [ "$device" = cpu ] || has triton; then
   piece compiled 6
+else
+  skip compiled "no triton"
 fi
 exit $failed

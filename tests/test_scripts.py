@@ -73,7 +73,7 @@ def test_a_day_with_a_gpu_in_small(tmp_path: pathlib.Path) -> None:
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    pieces = ("tests", "bits", "ids", "stateless", "bench", "stsb")
+    pieces = ("tests", "bits", "ids", "stateless", "bench", "stsb", "compiled")
     first = call_it()
     assert len(re.findall(": done in", first)) == len(pieces), first
     files = {name: tmp_path / f"{name}-cpu.json" for name in pieces}
@@ -82,6 +82,9 @@ def test_a_day_with_a_gpu_in_small(tmp_path: pathlib.Path) -> None:
     for result in found.values():
         assert result["torch"] and result["device"]
     assert found["bits"]["equal"] and "passed" in found["tests"]["tests/test_device.py"]
+    eager, whole = (found[p]["cases"][0]["rows"] for p in ("bench", "compiled"))
+    sides = whole.keys() - eager
+    assert len(sides) == 5 and all("compiled" in side for side in sides)
     before = files["tests"].stat().st_mtime_ns
     files["ids"].unlink()
     second = call_it()
