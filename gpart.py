@@ -208,7 +208,7 @@ class Partition:
 
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """P itself, [N, d], for teaching and tests."""
-        one_hot = self.groups()[:, None] == torch.arange(self.d, device="cpu")
+        one_hot = nn.functional.one_hot(self.groups().long(), self.d)
         return one_hot * self.scale(dtype=dtype)
 
 
@@ -615,13 +615,12 @@ def whole(t):
 def to_save(adapter, own):
     """Names of what a file holds beside theta: modules_to_save, what else requires a
     gradient, and the buffers of modules that own such a parameter."""
-    owners = {name.rpartition(".")[0] for name, t in own.items() if t.requires_grad}
-    names = set(adapter.saved)
+    names = {name for name, t in own.items() if t.requires_grad}
+    owners = {name.rpartition(".")[0] for name in names}
     for name, t in own.items():
-        beside = name.rpartition(".")[0] in owners and not isinstance(t, nn.Parameter)
-        if t.requires_grad or beside:
+        if name.rpartition(".")[0] in owners and not isinstance(t, nn.Parameter):
             names.add(name)
-    return names
+    return names | adapter.saved
 
 
 def base_sums(tensors):
