@@ -105,6 +105,12 @@ REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it l
         'fits = len(dtypes) == 1 or (dtypes < FLOATS and name != "theta")': (
             "two dtypes are never all four"
         ),
+        "one_hot = nn.functional.one_hot(self.groups().long(), )": (
+            "no group is empty, so the largest id tells d"
+        ),
+        "if off and off >= 0.01 * own[name].detach().double().norm().item():": (
+            "an exact 1 % of a norm, which is no law"
+        ),
         'warnings.warn(f"{name} {text}", )': ASKS_WHO_CALLED,
         'warnings.warn(f"{name} {text}", stacklevel=4)': ASKS_WHO_CALLED,
     },
