@@ -939,6 +939,25 @@ def test_rates_go_on_around_the_best(ran: Any) -> None:
     assert evidence.best_rate("mrpc", "gpart") == more
 
 
+def test_rates_go_on_while_the_largest_is_the_best(ran: Any) -> None:
+    """By threes, for another d, once all of them have run."""
+
+    def rates() -> list[float]:
+        return evidence.rates("sst2", "unilora", 1440)
+
+    known = rates()
+    assert known == [0.00167, 0.0067, 0.02, 0.06]
+    for dev, rate in enumerate(known):
+        assert rates() == known
+        ran(evidence.Cell("sst2", "unilora", rate, d=1440), dev / 10)
+    assert rates() == [*known, 0.18]
+    ran(evidence.Cell("sst2", "unilora", 0.18, d=1440), 0.4)
+    assert rates() == [*known, 0.18, 0.54]
+    ran(evidence.Cell("sst2", "unilora", 0.54, d=1440), None)
+    assert rates() == [*known, 0.18, 0.54]
+    assert evidence.best_rate("sst2", "unilora", 1440) == 0.18
+
+
 def test_best_rate_of_a_search(ran: Any) -> None:
     """The smaller of equals; one that diverged is worst; None while one is missing."""
     cells = [evidence.Cell("sst2", "c3a", rate) for rate in (0.3, 0.1, 0.2)]
