@@ -193,13 +193,11 @@ class Partition:
 
     def expand(self, theta: Tensor) -> Tensor:
         """P @ theta: [d] -> [N], in promote(theta's dtype, float32)."""
-        ids, scale = self.operands(theta, self.d)
-        return expand(theta, ids, scale)
+        return expand(theta, *self.operands(theta, self.d))
 
     def reduce(self, w: Tensor) -> Tensor:
         """P^T @ w: [N] -> [d], summed in promote(w's dtype, float32)."""
-        ids, scale = self.operands(w, self.N)
-        return reduce(w, ids, scale)
+        return reduce(w, *self.operands(w, self.N))
 
     def operands(self, v, length):
         require(v.shape == (length,), f"need a vector [{length}], got {list(v.shape)}")
@@ -220,7 +218,7 @@ def add_update(w, theta, ids, scale):
 class FusedLinear(torch.autograd.Function):
     """y = x (W + P theta)^T + b for rows x [n, in], W [out, in], theta [d].
 
-    Backward keeps what exists anyway (x, W, theta, ids) and builds W + P theta again.
+    Backward keeps what exists anyway, the inputs, and builds W + P theta again.
     The plain path, autograd through add_update, gives the same numbers and keeps a copy
     of W. (torch.compile merges both builds and keeps W + P theta too, unless
     functorch's aggressive_recomputation is set.)
@@ -234,12 +232,11 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, _, theta, ids, scale = inputs
-        ctx.save_for_backward(x, w, theta, ids, scale)
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad_y):
-        x, w, theta, ids, scale = ctx.saved_tensors
+        x, w, _, theta, ids, scale = ctx.saved_tensors
         grad_x = grad_b = None
         if ctx.needs_input_grad[0]:  # in grad_y's dtype, which autocast may have set
             grad_x = grad_y @ add_update(w, theta, ids, scale).to(grad_y)
@@ -257,7 +254,7 @@ FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 TARGETS = 'target_modules (by default query and value; "all-linear" would do)'
 
 
-class GPart(nn.Module):
+class GPart(nn.Identity):  # a model that is an nn.Sequential calls it as a layer
     """The adapter, model.gpart: .theta is trained, .partition is P, .manifest its rows.
 
     theta stays float32 whatever the model is cast to. ids and scale are no buffers:
@@ -268,17 +265,17 @@ class GPart(nn.Module):
         super().__init__()
         self.partition = partition
         self.manifest = [(name, tuple(w.shape)) for w, name in name_of.items()]
-        self.ids = {}
+        ids = {}
         start = 0
-        for w, name in name_of.items():
-            self.ids[name] = partition.groups(start, start + w.numel(), w.device)
+        for w in name_of:
+            ids[w] = partition.groups(start, start + w.numel(), w.device)
             start += w.numel()
+        # By each name of an adapted parameter: a tied one has several.
+        self.ids = {name: ids[t] for name, t in own.items() if t in ids}
         self.scale = partition.scale(w.device)
         self.theta = nn.Parameter(torch.zeros_like(self.scale))
         self.active = True  # False while merged or disabled
-        self.pretrained = {}  # {alias: copy of W} while merged
-        # {each name of an adapted parameter, a tied one has several: the manifest's}
-        self.aliases = {name: name_of[t] for name, t in own.items() if t in name_of}
+        self.pretrained = {}  # {name: copy of W} while merged
         self.required_grad = {name: t.requires_grad for name, t in own.items()}
 
     def operands(self, name, w):
@@ -289,16 +286,12 @@ class GPart(nn.Module):
         return self.theta, self.ids[name].to(w.device), scale.to(w.device)
 
     def updated(self, name, w):
-        theta, ids, scale = self.operands(name, w)
-        return add_update(w, theta, ids, scale)
+        return add_update(w, *self.operands(name, w))
 
     def delta(self) -> dict[str, Tensor]:
         """{name: dW}, P theta cut by the manifest (Eq. 10): float32, differentiable."""
         zeros = {name: self.scale.new_zeros(shape) for name, shape in self.manifest}
         return {name: self.updated(name, zero) for name, zero in zeros.items()}
-
-    def forward(self, x):
-        return x  # a model that is an nn.Sequential calls it as one more layer
 
     def extra_repr(self) -> str:
         return f"{self.partition}, merged={bool(self.pretrained)}"
@@ -343,7 +336,7 @@ class Adapted(nn.Module):
 
     def __getattr__(self, name):
         value = super().__getattr__(name)
-        adapter, names = self.__dict__["_adapter"]
+        adapter, names = self._adapter
         if name not in names or not adapter.active:
             return value
         if isinstance(value, torch.fx.Proxy):
@@ -355,37 +348,35 @@ class Adapted(nn.Module):
     def __reduce_ex__(self, protocol):
         # pickle finds no mixed class by name: it is told what to mix again
         _, _, *state = super().__reduce_ex__(protocol)
-        return blank, (type(self).__bases__[1], isinstance(self, AdaptedLinear)), *state
+        return blank, type(self).__bases__, *state
 
 
-class AdaptedLinear(Adapted, nn.Linear):
-    """An nn.Linear on the fused path."""
+class AdaptedLinear(Adapted):
+    """Mixed into an nn.Linear, which is then on the fused path."""
 
     def forward(self, input):
-        adapter, names = self.__dict__["_adapter"]
+        adapter, names = self._adapter
         if "weight" not in names or not adapter.active:
             return super().forward(input)
         w = self._parameters["weight"]
-        theta, ids, scale = adapter.operands(names["weight"], w)
+        operands = adapter.operands(names["weight"], w)
         if input.dim() == 2:
-            return FusedLinear.apply(input, w, self.bias, theta, ids, scale)
+            return FusedLinear.apply(input, w, self.bias, *operands)
         # Reshaped out here, y may be changed in place: autograd forbids that to what is
         # a view inside a Function.
         rows = input.reshape(-1, input.shape[-1])  # [..., in] -> [n, in]
-        y = FusedLinear.apply(rows, w, self.bias, theta, ids, scale)
+        y = FusedLinear.apply(rows, w, self.bias, *operands)
         return y.view(*input.shape[:-1], len(w))  # [n, out] -> [..., out]
 
 
 @functools.cache
-def mixed(base, fused):
+def mixed(adapted, base):
     """One class for each base."""
-    if fused:
-        return AdaptedLinear
-    return type(f"Adapted{base.__name__}", (Adapted, base), {})
+    return type(f"Adapted{base.__name__}", (adapted, base), {})
 
 
-def blank(base, fused):
-    cls = mixed(base, fused)
+def blank(adapted, base):
+    cls = mixed(adapted, base)
     return cls.__new__(cls)
 
 
@@ -442,21 +433,15 @@ def attach(
 def own_tensors(model):
     """{name: tensor} of the model alone: frozen parameters and persistent buffers."""
     kind = type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the first argument is the model, got {kind}")
     wraps = kind in ("OptimizedModule", "DistributedDataParallel", "DataParallel")
-    require(not wraps, f"{kind} wraps the model: pass its ._orig_mod or its .module")
+    if wraps or not isinstance(model, nn.Module):
+        raise TypeError(f"pass a model, a wrapper's ._orig_mod or .module, not {kind}")
     state = model.state_dict(keep_vars=True)
     return {
         name: t
         for name, t in state.items()
         if isinstance(t, Tensor) and not name.startswith("gpart.")
     }
-
-
-def can_train(t):
-    """No buffer, and no parameter of whole numbers."""
-    return isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex())
 
 
 def linear_weights(model):
@@ -488,16 +473,17 @@ def install(model, own, partition, name_of, saved, fused):
     """Adapt the weights of name_of, {parameter: name}, in that order."""
     check_weights(model, own, name_of, saved)
     adapter = GPart(partition, name_of, own)  # nothing fails from here on
-    adapter.saved = set(saved)
-    for name, t in own.items():
-        t.requires_grad_(name in adapter.saved and can_train(t))
+    model.requires_grad_(False)
+    unfreeze(adapter, own, saved)
+    # A subclass of nn.Linear has a forward of its own.
+    faster = {nn.Linear: AdaptedLinear} if fused else {}
     for module in model.modules():
         parameters = module._parameters.items()
         names = {key: name_of[w] for key, w in parameters if w in name_of}
         if names:
-            module.__dict__["_adapter"] = (adapter, names)
-            # A subclass of nn.Linear has a forward of its own.
-            module.__class__ = mixed(type(module), fused and type(module) is nn.Linear)
+            module._adapter = (adapter, names)
+            base = type(module)
+            module.__class__ = mixed(faster.get(base, Adapted), base)
     model.gpart = adapter
     return adapter
 
@@ -515,6 +501,15 @@ def check_weights(model, own, name_of, saved):
         layer = model.get_submodule(name.rpartition(".")[0])
         unread = isinstance(layer, nn.RNNBase) or getattr(layer, "sparse", False)
         require(not unread, f"{layer} would not see that {name} changes")
+
+
+def unfreeze(adapter, own, names):
+    """Train what can be of names, which save and load carry."""
+    adapter.saved = set(names)
+    for name in names:
+        t = own[name]
+        if isinstance(t, nn.Parameter):  # of whole numbers it has no gradient
+            t.requires_grad_(t.is_floating_point() or t.is_complex())
 
 
 # --- Merging ---
@@ -540,10 +535,10 @@ def merge(model: nn.Module) -> None:
     require(not adapter.pretrained, "merged already: unmerge(model) first")
     require(adapter.active, "inside disabled(model): leave it first")
     require(adapter.theta.isfinite().all(), "theta is not finite: nothing is merged")
-    adapter.pretrained = {alias: own[alias].clone() for alias in adapter.aliases}
-    for alias, w in adapter.pretrained.items():
-        own[alias].copy_(adapter.updated(adapter.aliases[alias], w))
+    adapter.pretrained = {name: own[name].clone() for name in adapter.ids}
     adapter.active = False
+    for name, w in adapter.pretrained.items():
+        own[name].copy_(adapter.updated(name, w))
 
 
 _merge = merge  # detach has an argument of that name
@@ -554,8 +549,8 @@ def unmerge(model: nn.Module) -> None:
     """The pretrained weights again, bit for bit. ValueError if not merged."""
     adapter, own = adapter_of(model)
     require(adapter.pretrained, "not merged: there is nothing to undo")
-    for alias, w in adapter.pretrained.items():
-        own[alias].copy_(w)
+    for name, w in adapter.pretrained.items():
+        own[name].copy_(w)
     adapter.pretrained = {}
     adapter.active = True
 
@@ -573,7 +568,7 @@ def detach(model: nn.Module, merge: bool = False) -> None:
     del model.gpart
     for module in model.modules():
         if isinstance(module, Adapted):
-            del module.__dict__["_adapter"]
+            del module._adapter
             module.__class__ = type(module).__bases__[1]
     for name, t in own.items():
         t.requires_grad_(adapter.required_grad.get(name, t.requires_grad))
@@ -646,14 +641,12 @@ def save(model: nn.Module, path: Path) -> None:
     folder = os.path.dirname(os.path.abspath(path))
     os.stat(folder)  # an error that names it, not the temporary folder
     require("theta" not in own, "the model has a parameter called theta: rename it")
-    tensors = {"theta": adapter.theta}
+    tensors = {"theta": whole(adapter.theta)}
     for name in to_save(adapter, own):
-        require(name not in adapter.aliases, f"{name} is adapted: it must stay frozen")
-        tensors[name] = own.pop(name)
-    own |= adapter.pretrained
+        require(name not in adapter.ids, f"{name} is adapted: it must stay frozen")
+        tensors[name] = whole(own.pop(name))
     for name, t in tensors.items():
-        tensors[name] = whole(t)
-        require(tensors[name].isfinite().all(), f"{name} is not finite: nothing saved")
+        require(t.isfinite().all(), f"{name} is not finite: nothing saved")
     base_name = str(getattr(model, "name_or_path", ""))
     if os.path.isabs(base_name):
         base_name = os.path.basename(os.path.normpath(base_name))
@@ -661,7 +654,7 @@ def save(model: nn.Module, path: Path) -> None:
         "format": FORMAT,
         "gpart_version": __version__,
         "base_model_name_or_path": base_name,
-        "base": json.dumps(base_sums(own)),
+        "base": json.dumps(base_sums(own | adapter.pretrained)),
         **adapter.meaning(),
     }
     metadata["sha256"] = digest(metadata, tensors)
@@ -683,32 +676,29 @@ def load(model: nn.Module, path: Path) -> GPart:
     UserWarning if the other weights are not those of the training.
     """
     own = own_tensors(model)
-    partition, manifest, base, tensors = read(path, own)
-    names = tensors.keys() - {"theta"}
+    partition, name_of, base, theta, heads = read(path, own)
     adapter = model._modules.get("gpart")
     if isinstance(adapter, GPart):
         require(not adapter.pretrained, "merged: unmerge(model), then load")
+        manifest = [(name, tuple(w.shape)) for w, name in name_of.items()]
         theirs, ours = (partition, manifest), (adapter.partition, adapter.manifest)
         sides = f"{path} has {theirs!s:.300}, the model {ours!s:.300}"
         require(theirs == ours, f"{sides}: detach first")
-        missing = to_save(adapter, own) - names
+        missing = to_save(adapter, own) - heads.keys()
         require(not missing, f"{path} lacks {missing!s:.300} that train: detach first")
-        adapter.saved = names
-        for name in names:
-            own[name].requires_grad_(can_train(own[name]))
+        unfreeze(adapter, own, heads)
     else:
-        name_of = {own[name]: name for name, _ in manifest}
-        adapter = install(model, own, partition, name_of, names, fused=True)
-    places = {**own, "theta": adapter.theta}
+        adapter = install(model, own, partition, name_of, heads, fused=True)
     with torch.no_grad():
-        for name, t in tensors.items():
-            places[name].copy_(t)
+        adapter.theta.copy_(theta)
+        for name, t in heads.items():
+            own[name].copy_(t)
     warn_of_another_base(own, base)
     return adapter
 
 
 def read(path, own):
-    """(partition, manifest, base, tensors) of a file that fits the model's own tensors.
+    """(partition, {parameter: name}, base, theta, heads) of a file that fits the model.
 
     The header comes first: no tensor is read that the model has no place for.
     """
@@ -717,17 +707,15 @@ def read(path, own):
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            found = metadata.get("format")
-            require(found == FORMAT, f"its format is {found}, not {FORMAT}")
-            keys = ("N", "d", "seed", "isometric", "manifest", "base")
-            *numbers, entries, sums = (json.loads(metadata.get(k, "{}")) for k in keys)
-            partition = Partition(*numbers)
-            manifest = [(name, tuple(shape)) for name, shape in entries]
-            base = {name: float(total) for name, total in dict(sums).items()}
             names = list(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            check(own, partition, manifest, shapes)
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            partition, name_of, base = fit(own, metadata, shapes)
             tensors = {name: file.get_tensor(name) for name in names}
+        for name, t in tensors.items():
+            ours = torch.float32 if name == "theta" else own[name].dtype
+            cast = name != "theta" and {t.dtype, ours} <= FLOATS
+            require(cast or t.dtype == ours, f"{name} in {t.dtype} does not fit")
+            require(t.isfinite().all(), f"{name} is not finite")
     except (
         AttributeError,  # a dtype that this torch does not know
         OverflowError,
@@ -740,32 +728,28 @@ def read(path, own):
         raise ValueError(text) from error
     signature = metadata.pop("sha256", None)
     require(signature == digest(metadata, tensors), f"{path} is damaged: wrong sha256")
-    check_values(path, own, tensors)
-    return partition, manifest, base, tensors
+    return partition, name_of, base, tensors.pop("theta"), tensors
 
 
-def check(own, partition, manifest, shapes):
-    """ValueError unless the model has a place for all that a header says."""
-    here = {name: tuple(t.shape) for name, t in own.items()}
-    here["theta"] = (partition.d,)
-    for name, shape in [*manifest, *shapes.items()]:
-        ours = here.get(name)
-        require(shape == ours, f"{name} has shape {shape}, and {ours} here")
-    adapted = {own[name] for name, _ in manifest}
-    total = sum(w.numel() for w in adapted)
+def fit(own, metadata, shapes):
+    """What a header says, if the model has a place for all of it."""
+    found = metadata.get("format")
+    require(found == FORMAT, f"its format is {found}, not {FORMAT}")
+    keys = ("N", "d", "seed", "isometric", "manifest", "base")
+    *numbers, entries, sums = (json.loads(metadata.get(key, "{}")) for key in keys)
+    partition = Partition(*numbers)
+    theta = shapes.pop("theta", None)
+    require(theta == [partition.d], f"theta has shape {theta}, not [{partition.d}]")
+    for name, shape in [*entries, *shapes.items()]:
+        ours = list(own[name].shape) if name in own else None
+        require(list(shape) == ours, f"{name} has shape {shape}, and {ours} here")
+    name_of = {own[name]: name for name, _ in entries}
+    total = sum(w.numel() for w in name_of)
     require(total == partition.N, f"{total} weights are adapted, not {partition.N}")
-    require(len(adapted) == len(manifest), "the manifest names a parameter twice")
-    require("theta" in shapes, "theta is missing")
+    require(len(name_of) == len(entries), "the manifest names a parameter twice")
     for name in shapes:
-        require(own.get(name) not in adapted, f"{name} is adapted, and replaced too")
-
-
-def check_values(path, own, tensors):
-    for name, t in tensors.items():
-        dtypes = {t.dtype, torch.float32 if name == "theta" else own[name].dtype}
-        fits = len(dtypes) == 1 or (dtypes <= FLOATS and name != "theta")
-        require(fits, f"{path} has {name} in {t.dtype}, which does not fit")
-        require(t.isfinite().all(), f"{path} has values in {name} that are not finite")
+        require(own[name] not in name_of, f"{name} is adapted, and replaced too")
+    return partition, name_of, {name: float(total) for name, total in sums.items()}
 
 
 def warn_of_another_base(own, base):

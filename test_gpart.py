@@ -667,7 +667,7 @@ def test_only_nn_linear_itself_is_fused():
     """A subclass of Linear keeps its forward; fused is the default."""
     model = nn.Sequential(nn.Linear(16, 16), Doubled(16, 16))
     attach(model, 5, target_modules=ALL)
-    assert type(model[0]) is gpart.AdaptedLinear
+    assert isinstance(model[0], gpart.AdaptedLinear)
     assert isinstance(model[1], Doubled)
     assert type(model[1]).forward is Doubled.forward
 
@@ -915,12 +915,12 @@ def test_a_wrapper_is_refused():
             nn.DataParallel(model),
         ]
     for wrapper in wrappers:
-        match = rf"^{type(wrapper).__name__} wraps .* its ._orig_mod or its .module$"
-        with refused(model, match):
+        match = rf"^pass .* ._orig_mod or .module, not {type(wrapper).__name__}$"
+        with refused(model, match, TypeError):
             attach(wrapper, 2, target_modules=ALL)
         attach(model, 2, target_modules=ALL)
         for call in (merge, detach, lambda model: save(model, "never")):
-            with refused(model, match):
+            with refused(model, match, TypeError):
                 call(wrapper)
         detach(model)
 
@@ -960,11 +960,9 @@ def test_careless_calls_are_told(file, tmp_path):
     """Swapped arguments, the adapter instead of the model, a folder that is not there,
     a pickle: each error names what was got."""
     model = trained()
-    with pytest.raises(
-        TypeError, match=r"the first argument is the model, got \w*Path"
-    ):
+    with pytest.raises(TypeError, match=r"^pass a model, .* not \w*Path$"):
         save(file, model)
-    with pytest.raises(TypeError, match=r"^the first argument is the model, got int$"):
+    with pytest.raises(TypeError, match=r"^pass a model, .* not int$"):
         attach(5, model)
     with refused(model, "no adapter here: attach one, and pass the model"):
         save(model.gpart, file)

@@ -213,7 +213,7 @@ class StatelessLinear(gpart.AdaptedLinear, nn.Linear):
     __reduce_ex__ = nn.Module.__reduce_ex__  # pickle finds this class by its name
 
     def forward(self, input: Tensor) -> Tensor:
-        adapter, names = self.__dict__["_adapter"]
+        adapter, names = self._adapter
         if "weight" not in names or not adapter.active:
             return nn.Linear.forward(self, input)
         w = self._parameters["weight"]
@@ -231,11 +231,13 @@ def stateless(model: nn.Module) -> gpart.GPart:
     compiler on the CPU and Triton on CUDA. On CUDA there are no second derivatives.
     ValueError, and no change, if an id comes out other than it was.
     """
-    adapter, _ = gpart.adapter_of(model)
+    adapter, own = gpart.adapter_of(model)
     gpart.require(not isinstance(adapter, StatelessGPart), "it is stateless already")
     P, ids, start = adapter.partition, {}, 0
-    for name, stored in adapter.ids.items():
-        ids[name] = Ids(P, start, len(stored))
+    for name, _ in adapter.manifest:
+        stored = adapter.ids[name]
+        tied = [alias for alias in adapter.ids if own[alias] is own[name]]
+        ids |= dict.fromkeys(tied, Ids(P, start, len(stored)))
         start += len(stored)
         device = stored.device if stored.is_cuda else torch.device("cpu")
         every = torch.arange(P.d, dtype=torch.float64, device=device)
@@ -248,7 +250,7 @@ def stateless(model: nn.Module) -> gpart.GPart:
     adapter.ids = ids
     adapter.__class__ = StatelessGPart
     for module in model.modules():
-        if type(module) is gpart.AdaptedLinear:
+        if isinstance(module, gpart.AdaptedLinear):
             module.__class__ = StatelessLinear
     return adapter
 

@@ -15,11 +15,11 @@ import pytest
 import gpart
 
 # What the design allows; where it is not met yet, what the file has, rounded up.
-TOKENS = 5000  # the design: 4000
+TOKENS = 4840  # the design: 4000
 TOKENS_PER_LINE = 10.6
-LINES_OF_CODE = 505  # the design: 385
+LINES_OF_CODE = 490  # the design: 385
 LINES_OF_PART_I = 140
-LINES = 780  # the design: 550
+LINES = 765  # the design: 550
 COLUMNS = 88
 COMPLEXITY = 9
 

@@ -91,13 +91,14 @@ def put_name(name):
 
 def unlike(name, theirs, ours):
     """What is said of a shape."""
-    return re.escape(f"{NO_ADAPTER}{name} has shape {theirs}, and {ours} here")
+    ours = ours if ours is None else [*ours]
+    return re.escape(f"{NO_ADAPTER}{name} has shape {[*theirs]}, and {ours} here")
 
 
 HOSTILE = {
     "newer format": (put(format="gpart-v2"), "its format is gpart-v2, not gpart-v1"),
     "no format": (lambda m, t: m.pop("format"), "its format is None, not gpart-v1"),
-    "d wrong": (put(d="36"), unlike("theta", (37,), (36,))),
+    "d wrong": (put(d="36"), r"theta has shape \[37\], not \[36\]"),
     "d over N": (put(d="534"), "d must be in 1..N = 1..533, got 534"),
     "d zero": (put(d="0"), "d must be in 1..N = 1..533, got 0"),
     "d a fraction": (put(d="37.0"), "are ints.*d=37.0"),
@@ -108,20 +109,26 @@ HOSTILE = {
     "isometric a number": (put(isometric="1"), "isometric is a bool"),
     "N wrong": (put(N="534"), "533 weights are adapted, not 534"),
     "N missing": (lambda m, t: m.pop("N"), "are ints.*N={}"),
-    "theta half": (put_theta(torch.Tensor.half), "theta in torch.float16, which does"),
-    "theta double": (put_theta(torch.Tensor.double), "theta in torch.float64, which"),
-    "theta integer": (put_theta(torch.Tensor.int), "theta in torch.int32, which does"),
+    "theta half": (put_theta(torch.Tensor.half), "theta in torch.float16 does not fit"),
+    "theta double": (
+        put_theta(torch.Tensor.double),
+        "theta in torch.float64 does not fit",
+    ),
+    "theta integer": (put_theta(torch.Tensor.int), "theta in torch.int32 does not fit"),
     "theta too long": (
         put_theta(lambda t: t.repeat(2)),
-        unlike("theta", (74,), (37,)),
+        r"theta has shape \[74\], not \[37\]",
     ),
-    "theta a matrix": (put_theta(lambda t: t[None]), unlike("theta", (1, 37), (37,))),
-    "theta NaN": (put_theta(lambda t: t * math.nan), "in theta that are not finite"),
-    "theta infinite": (put_theta(lambda t: t / 0), "in theta that are not finite"),
-    "theta missing": (lambda m, t: t.pop("theta"), ": theta is missing$"),
+    "theta a matrix": (
+        put_theta(lambda t: t[None]),
+        r"has shape \[1, 37\], not \[37\]",
+    ),
+    "theta NaN": (put_theta(lambda t: t * math.nan), ": theta is not finite"),
+    "theta infinite": (put_theta(lambda t: t / 0), ": theta is not finite"),
+    "theta missing": (lambda m, t: t.pop("theta"), "theta has shape None, not"),
     "head NaN": (
         put_tensor("head.0.bias", torch.full([3], math.nan)),
-        "in head.0.bias that are not finite",
+        ": head.0.bias is not finite",
     ),
     "head of wrong shape": (
         put_tensor("head.0.bias", torch.ones(4)),
@@ -137,23 +144,23 @@ HOSTILE = {
     ),
     "head complex": (
         put_tensor("head.0.bias", torch.ones(3).cfloat()),
-        "head.0.bias in torch.complex64, which does not fit",
+        "head.0.bias in torch.complex64 does not fit",
     ),
     "head integer": (
         put_tensor("head.0.bias", torch.ones(3).long()),
-        "head.0.bias in torch.int64, which does not fit",
+        "head.0.bias in torch.int64 does not fit",
     ),
     "head of 8 bits": (
         put_tensor("head.0.bias", torch.ones(3).to(torch.float8_e4m3fn)),
-        "head.0.bias in torch.float8_e4m3fn, which does not fit",
+        "head.0.bias in torch.float8_e4m3fn does not fit",
     ),
     "buffer not integer": (
         put_tensor("head.1.num_batches_tracked", torch.tensor(1.5)),
-        "num_batches_tracked in torch.float32, which does not fit",
+        "num_batches_tracked in torch.float32 does not fit",
     ),
     "buffer of fewer bits": (
         put_tensor("head.1.num_batches_tracked", torch.tensor(1).int()),
-        "num_batches_tracked in torch.int32, which does not fit",
+        "num_batches_tracked in torch.int32 does not fit",
     ),
     "adapted and stored": (
         put_tensor("body.0.bias", torch.ones(24)),

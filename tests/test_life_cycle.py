@@ -27,6 +27,7 @@ from tests.models import (
     MODELS,
     normal,
     parameters,
+    refused,
     sha256,
     slow,
     snapshot,
@@ -442,6 +443,8 @@ def test_a_failed_merge_loses_nothing(monkeypatch):
     with pytest.raises(MemoryError):
         merge(model)
     assert snapshot(model) != before
+    with refused(model, "^merged already"):
+        merge(model)
     unmerge(model)
     assert snapshot(model) == before
 

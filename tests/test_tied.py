@@ -74,6 +74,15 @@ def test_a_weight_tied_to_a_trained_head_is_refused():
         attach(model, 2, target_modules="a", modules_to_save="head")
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_head_tied_to_what_is_not_named_trains(names):
+    """All is frozen before the head is unfrozen, whichever name comes first."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in [*names, "body"]})
+    model["a"].weight = model["b"].weight
+    attach(model, 2, target_modules="body", modules_to_save="a")
+    assert model["a"].weight.requires_grad
+
+
 @pytest.mark.parametrize("merged", [False, True], ids=["attached", "merged"])
 def test_untied_parameters_still_move_together(merged):
     """load_state_dict(assign=True) unties what attach found tied: merge, unmerge and
