@@ -63,7 +63,7 @@ ASKS_WHO_CALLED = "test_the_warning_points_to_the_line_that_calls_load, left out
 REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it lives}
     "gpart": {
         "return self.groups(device=v.device), self.scale(None, dtype)": ONE_DEVICE,
-        "self.ids[name] = partition.groups(start, start + w.numel(), )": ONE_DEVICE,
+        "ids[w] = partition.groups(start, start + w.numel(), )": ONE_DEVICE,
         "self.scale = partition.scale(None)": ONE_DEVICE,
         'host = device if (torch.device(device).type == "cuda") and False else "cpu"': (
             ONE_DEVICE
@@ -102,7 +102,7 @@ REASONS: dict[str, dict[str, str]] = {  # {what the mutant's line says: why it l
         'part = os.path.join(beside, "ADAPTER.SAFETENSORS")': ANY_NAME,
         "with open(part, ) as file:": "Linux syncs what is open for reading, too",
         "with open(path, ):": "nothing is read: only whether it can be opened counts",
-        'fits = len(dtypes) == 1 or (dtypes < FLOATS and name != "theta")': (
+        'cast = name != "theta" and {t.dtype, ours} < FLOATS': (
             "two dtypes are never all four"
         ),
         "one_hot = nn.functional.one_hot(self.groups().long(), )": (
