@@ -879,6 +879,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if results:
         accelerator.print(f"{output}/results.json is finished: nothing to do.")
         accelerator.print(f"\n{table(results)}\n{notice}")
+        accelerator.end_training()
         return results
     accelerator.print(notice)
     accelerator.print(announcement(args, model, sizes, data, output))
@@ -923,6 +924,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator.print(f"\n{table(results)}\n\n{results['verdict']}")
     accelerator.print(f"{output}/ has results.json and the adapter, which gave the")
     accelerator.print(f"same when reloaded into a fresh model.\n{notice}")
+    accelerator.end_training()  # torch's threads must not outlive several processes
     return results
 
 

@@ -339,7 +339,8 @@ def render() -> str:
 {devices(results)}.
 GPart and Uni-LoRA are paired on one device but for d = 360. There, and with SHiRA,
 WaveFT, C3A and Uni-LoRA without decay, the other of a pair may have run on the other
-device: the same head and rows, another dropout. Metrics in percent, losses in thousandths; intervals 95 %.
+device: the same head and rows, another dropout. Metrics in percent, losses in
+thousandths; intervals 95 %.
 
 ## Rates
 
