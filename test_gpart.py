@@ -161,8 +161,7 @@ def test_disabled_is_the_pretrained_model(case):
 
 @MERGED
 def test_detach_restores_everything(case, merged):
-    """detach: classes, names, requires_grad and bits as attach found them, however
-    often."""
+    """detach: classes, names, requires_grad, bits are as before, however often."""
     model = case.model()
     before = snapshot(model)
     for _ in range(2):
@@ -188,8 +187,7 @@ def test_detach_with_merge_leaves_an_ordinary_model(case, merged):
 
 
 def test_names_stay_and_only_theta_and_the_heads_train(case):
-    """The state dict gains theta and its meaning, in bytes; every other key and bit
-    stays."""
+    """The state dict gains theta and what it means; no other key or bit changes."""
     model, _ = case.adapted()
     base, state = case.pristine.state_dict(), model.state_dict()
     assert {*state} == {*base, "gpart.theta", "gpart._extra_state"}
@@ -559,8 +557,7 @@ COMPILED = [
 @pytest.mark.parametrize(("name", "fused", "backend"), COMPILED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # dynamo's and inductor's own
 def test_a_compiled_model_equals_the_eager_one(name, fused, backend):
-    """torch.compile(fullgraph=True): output and gradient; a new theta and a merge are
-    seen."""
+    """torch.compile(fullgraph=True): values, gradients, a new theta, a merge."""
     torch.compiler.reset()
     case = variant(name, fused=fused)
     model, adapter = case.adapted()

