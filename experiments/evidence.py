@@ -24,13 +24,15 @@ on what those before it found. A run is on the GPU where there is one.
     dose       GPart and its non-isometric variant, at learning rates sqrt(N/d) apart
                (the same steps in weight space), over the dose of decay, wd * sum(lr):
                with the same wd, and with wd * sqrt(N/d), which must coincide
-    exponent   more rates for other d, seed 0: how does the best rate scale with d? As
-               long as the largest rate is the best, three times that is tried too: a
-               rule that came after the first results, where it was so at d <= 1,440
+    exponent   more rates for other d, seed 0: how does the best rate scale with d?
     small      GPart and Uni-LoRA at d = 360 and 5,760, each at its best rate there
     sharing    SHiRA, WaveFT and C3A, which are isometric up to a constant but share no
                number between weights of different layers (C3A: of different blocks):
                five rates, seed 0, then three seeds
+
+In every search, as long as the largest rate is the best, three times that is tried too:
+a rule that came after the first results, where it was so at d <= 1,440, with
+Uni-LoRA on MRPC and with SHiRA on SST-2.
 
 The test, written down before any of these runs: GPart is better than Uni-LoRA on a task
 if the 95 % confidence interval of the mean paired difference of the validation metric
@@ -121,16 +123,19 @@ def digits(x: float) -> float:
 
 # --- Rates ---
 def rates(task: str, method: str, d: int = glue.D) -> list[float]:
-    """All that are tried with seed 0; [] while the first ones are missing."""
+    """All that are tried with seed 0: as long as the largest is the best, three times
+    that too; [] while the first ones are missing."""
+    found = first_rates(task, method, d)
+    while found and best_of([Cell(task, method, x, d=d) for x in found]) == max(found):
+        found.append(digits(3 * max(found)))
+    return found
+
+
+def first_rates(task: str, method: str, d: int) -> list[float]:
     if d != glue.D:
         best = glue.best_rate(method) or 0.0
         old = {best, float(f"{best * math.sqrt(glue.D / d):.3g}")}
-        found = sorted(
-            {*MORE_RATES[method][d], *(old if method == "gpart" else {best})}
-        )
-        while best_of([Cell(task, method, rate, d=d) for rate in found]) == found[-1]:
-            found.append(digits(3 * found[-1]))
-        return found
+        return sorted({*MORE_RATES[method][d], *(old if method == "gpart" else {best})})
     if method in ISOMETRIC:
         return [digits(peers.LR[method] * 3.0**k) for k in (0, 1, -1, 2, -2)]
     five = task in ("stsb", "sst2")

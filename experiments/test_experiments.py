@@ -934,13 +934,13 @@ def test_rates_go_on_around_the_best(ran: Any) -> None:
     if not evidence.Cell("mrpc", "gpart", more).path.exists():
         with pytest.raises(ValueError, match="gpart on mrpc, d = 23040, are not all"):
             evidence.best_rate("mrpc", "gpart")
-    ran(evidence.Cell("mrpc", "gpart", more), 0.9)
-    ran(evidence.Cell("mrpc", "gpart", less), 0.8)
-    assert evidence.best_rate("mrpc", "gpart") == more
+    ran(evidence.Cell("mrpc", "gpart", more), 0.8)
+    ran(evidence.Cell("mrpc", "gpart", less), 0.9)
+    assert evidence.best_rate("mrpc", "gpart") == less
 
 
 def test_rates_go_on_while_the_largest_is_the_best(ran: Any) -> None:
-    """By threes, for another d, once all of them have run."""
+    """By threes, once all of them have run: for another d, and in every search."""
 
     def rates() -> list[float]:
         return evidence.rates("sst2", "unilora", 1440)
@@ -956,6 +956,14 @@ def test_rates_go_on_while_the_largest_is_the_best(ran: Any) -> None:
     ran(evidence.Cell("sst2", "unilora", 0.54, d=1440), None)
     assert rates() == [*known, 0.18, 0.54]
     assert evidence.best_rate("sst2", "unilora", 1440) == 0.18
+    five = evidence.rates("sst2", "c3a")
+    for rate in five:
+        ran(evidence.Cell("sst2", "c3a", rate), rate)
+    assert evidence.rates("sst2", "c3a") == [*five, 5.94]
+    one, more, less = evidence.rates("mrpc", "gpart")
+    ran(evidence.Cell("mrpc", "gpart", more), 0.9)
+    ran(evidence.Cell("mrpc", "gpart", less), 0.8)
+    assert evidence.rates("mrpc", "gpart") == [one, more, less, 0.135]
 
 
 def test_best_rate_of_a_search(ran: Any) -> None:
