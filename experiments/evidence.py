@@ -267,7 +267,7 @@ def waiting() -> list[Cell]:
 
 
 def main() -> None:
-    args = glue.parse(__doc__)
+    args = glue.parse(__doc__, renders=False)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     spawn = multiprocessing.get_context("spawn")
     begun: set[Cell] = set()

@@ -413,18 +413,24 @@ A range is counted from the method's own best, and in multiples of its own rates
     return text
 
 
-def parse(doc: str | None) -> argparse.Namespace:
+def parse(doc: str | None, renders: bool = True) -> argparse.Namespace:
+    """renders: whether the script has a --render, which needs no data."""
     p = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     p.add_argument("--data-dir", help="folder of GLUE's TSV files")
     p.add_argument(
         "--work", default="runs/glue", help="folder of the runs: checkpoints, adapters"
     )
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    p.add_argument("--render", action="store_true", help="run nothing")
+    p.set_defaults(render=False)
+    if renders:
+        p.add_argument("--render", action="store_true", help="run nothing")
     args = p.parse_args()
+    if args.workers < 1:
+        p.error(f"--workers must be at least 1, got {args.workers}")
     tsv = "folder of GLUE's TSV files"
     if not args.render and not args.data_dir:
-        p.error(f"--data-dir names the {tsv}; --render runs nothing")
+        way_out = "; --render runs nothing" if renders else ""
+        p.error(f"--data-dir names the {tsv}{way_out}")
     # Or each cell would say so, one by one.
     if args.data_dir and not Path(args.data_dir).is_dir():
         p.error(f"--data-dir {args.data_dir}: no such folder; it takes the {tsv}")

@@ -329,6 +329,25 @@ def test_a_folder_that_is_not_there_is_refused_at_once(
     with pytest.raises(SystemExit):
         glue_table.parse(None)
     assert "none: no such folder; it takes" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path), "--workers", "0"])
+    with pytest.raises(SystemExit):
+        glue_table.parse(None)
+    assert "--workers must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_only_a_script_that_renders_goes_without_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dimension", "--render"])
+    assert glue_table.parse(None).render
+    monkeypatch.setattr(sys, "argv", ["evidence", "--render"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "--render" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["evidence"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    assert "--data-dir names the folder" in capsys.readouterr().err
 
 
 def test_scaled_rate_keeps_the_step_of_a_weight(
