@@ -337,10 +337,9 @@ def render() -> str:
 `python -m experiments.evidence --data-dir glue`, then `python -m experiments.verdicts`:
 {len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}:
 {devices(results)}.
-GPart and Uni-LoRA are paired on one device but for STS-B at d = 360. There, and with
-SHiRA, WaveFT, C3A and Uni-LoRA without decay, the other of a pair may have run on the
-other device: the same head and rows, another dropout. Metrics in percent, losses in
-thousandths; intervals 95 %.
+GPart and Uni-LoRA are paired on one device. With SHiRA, WaveFT, C3A and Uni-LoRA
+without decay, the other of a pair may have run on the other device: the same head and
+rows, another dropout. Metrics in percent, losses in thousandths; intervals 95 %.
 
 ## Rates
 
