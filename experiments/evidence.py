@@ -6,7 +6,7 @@
 The runs are those of glue_table.py (all-MiniLM-L6-v2, one CPU thread, the same steps
 and rows for each task), but the partition seed is the run seed, the mean loss on the
 validation rows is recorded beside the metric, and all is float32: a CPU without bf16
-instructions takes 19 times as long with bf16. A file in results/evidence/ is named for
+instructions takes far longer with bf16. A file in results/evidence/ is named for
 all that varies: task, method, d, learning rate, weight decay, partition seed, run seed.
 Each names the commit that it was run at. Seed 0 with partition 0 and decay 0.1 is what
 glue_table.py and dimension.py ran, in bf16; those results, which have no loss, serve to

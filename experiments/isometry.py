@@ -121,6 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     content = {
         "settings": {"pairs": PAIRS, "model": train_glue.MINILM, "targets": TARGETS},
+        "gpart": gpart.__version__,
         "torch": torch.__version__,
         "peft": peft.__version__,
         "device": f"CPU {platform.machine()}",
@@ -131,8 +132,8 @@ def main() -> None:
     (results / "isometry.json").write_text(text, encoding="utf-8")
     text = f"""# Which methods are isometric?
 
-`python -m experiments.isometry`: torch {content["torch"]}, peft {content["peft"]},
-{content["device"]}, {PAIRS} random pairs of thetas a column.
+`python -m experiments.isometry`: gpart {content["gpart"]}, torch {content["torch"]},
+peft {content["peft"]}, {content["device"]}, {PAIRS} random pairs of thetas a column.
 
 {table(content["methods"])}
 """

@@ -262,6 +262,19 @@ def exponent_table() -> str:
     return table(heads, rows)
 
 
+def rule_table() -> str:
+    """What lr sqrt(d/d') makes of GPart's top at 23,040, over the top that is there."""
+    rows: list[list[Any]] = []
+    for task in ("stsb", "sst2"):
+        tops = {d: top for d, (top, _) in optima(task, "gpart").items() if top}
+        scaled = {
+            d: tops[glue.D] * math.sqrt(glue.D / d) for d in tops if glue.D in tops
+        }
+        texts = [f"{scaled[d] / tops[d]:.2f}" if d in scaled else "" for d in SIZES]
+        rows.append([TASKS[task], *texts])
+    return table(["task", *(f"{d:,}" for d in SIZES)], rows)
+
+
 def plot() -> None:
     """The validation metric against d, each at its best rate (Figure 4, left)."""
     curves = {
@@ -337,8 +350,8 @@ def render() -> str:
 `python -m experiments.evidence --data-dir glue`, then `python -m experiments.verdicts`:
 {len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}:
 {devices(results)}.
-GPart and Uni-LoRA are paired on one device. With SHiRA, WaveFT, C3A and Uni-LoRA
-without decay, the other of a pair may have run on the other device: the same head and
+GPart and Uni-LoRA are paired on one device. SHiRA, WaveFT, C3A and Uni-LoRA without
+decay ran on the CPU, and what they are compared with on the GPU: the same head and
 rows, another dropout. Metrics in percent, losses in thousandths; intervals 95 %.
 
 ## Rates
@@ -370,6 +383,10 @@ MRPC, three seeds:
 The best rate by dev and its validation metric; in brackets the top of a parabola.
 
 {exponent_table()}
+
+lr sqrt(d/d') over GPart's top: what the top at {glue.D:,} makes of it at another d.
+
+{rule_table()}
 
 ## Small d, three seeds
 
