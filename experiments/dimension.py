@@ -79,8 +79,8 @@ def table() -> str:
 
 
 def scaled_wins() -> tuple[int, int]:
-    """At how many sizes the scaled rate beats the fixed one, and of how many at which
-    either beats the majority class; d = 23,040, where both are the same, aside."""
+    """At how many points of both tasks the scaled rate beats the fixed one, and of how
+    many at which either beats the majority class; d = 23,040, one run, aside."""
     won = []
     for task in TASKS:
         fixed, scaled = (dict(found(task, curve)) for curve in ("fixed", "scaled"))
@@ -132,7 +132,8 @@ sizes that are at most one point below the curve's best.
 
 {table()}
 
-Of the {of} sizes at which either beats the majority class, scaled beats fixed at {won}.
+Of the {of} points of both tasks at which either beats the majority class, scaled beats
+fixed at {won}.
 
 One rate and one rule: whether another exponent would do better is not asked here.
 

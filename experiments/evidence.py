@@ -132,6 +132,7 @@ def rates(task: str, method: str, d: int = glue.D) -> list[float]:
 
 
 def first_rates(task: str, method: str, d: int) -> list[float]:
+    """Those of the plan, before a search goes on."""
     if d != glue.D:
         best = glue.best_rate(method) or 0.0
         old = {best, float(f"{best * math.sqrt(glue.D / d):.3g}")}

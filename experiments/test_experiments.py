@@ -361,7 +361,7 @@ def test_scaled_rate_keeps_the_step_of_a_weight(
     assert max(d for d, _ in dimension.points("unilora")) == 23040
 
 
-def test_sizes_where_neither_learns_are_not_counted(
+def test_points_where_neither_learns_are_not_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A tie is not won, a run that diverged is 0, and 23,040 is one run, not two."""
@@ -449,13 +449,14 @@ def test_report_says_what_the_runs_took() -> None:
 
 
 def test_report_has_the_intervals() -> None:
-    """95 %, of GPart minus its rivals in three pairs: of a task, of the language model
-    and of the vision transformer."""
+    """95 %, of GPart minus its rivals in three pairs: of a task or of the mean of
+    several, of the language model and of the vision transformer."""
 
-    def glue(other: str, task: str) -> list[float]:
+    def glue(other: str, *tasks: str) -> list[float]:
         scores = {
             method: [
-                100 * glue_table.score(task, method, seed) for seed in glue_table.SEEDS
+                100 * statistics.fmean(glue_table.score(t, method, seed) for t in tasks)
+                for seed in glue_table.SEEDS
             ]
             for method in ("gpart", other)
         }
@@ -469,11 +470,13 @@ def test_report_has_the_intervals() -> None:
         }
         return [a - b for a, b in zip(scores["gpart"], scores[other], strict=True)]
 
+    three = ("stsb", "sst2", "mrpc")
     points = [
         glue("head", "stsb"),
         glue("gpart-noniso", "stsb"),
         glue("lora", "stsb"),
-        *(glue("unilora", task) for task in ("stsb", "sst2", "mrpc", "cola")),
+        glue("unilora", *three),
+        *(glue("unilora", task) for task in (*three, "cola")),
         *(beyond("vision", other, lambda x: 100 * x) for other in ("unilora", "head")),
     ]
     loss = lambda test: next(iter(test.values()))["loss"]  # noqa: E731
@@ -545,8 +548,8 @@ def test_report_quotes_the_files() -> None:
         f"takes {threads['groups']:.2f} of one's time",
         f"and {threads['2^17, 2 threads']:.2f} in chunks of 2^17",
         f"ids then take {llama['ids']:.0f} s and the update {llama['merge']:.0f} s",
-        f"beats one fixed rate at {won} of {of} sizes",
-        f"beats one fixed rate at {won} of the {of} sizes at which either learns",
+        f"beats one fixed rate at {won} of {of} points",
+        f"beats one fixed rate at {won} of the {of} points at which either learns",
     ):
         assert quote in SENTENCES
 
@@ -1004,29 +1007,27 @@ def test_best_rate_of_a_search(ran: Any) -> None:
     assert evidence.best_of(cells[2:]) == 0.2
 
 
-def devices(cells: list[Any]) -> set[str]:
-    """Where those that there are ran."""
-    return {result["device"][:3] for cell in cells if (result := cell.read())}
+def test_pairs_are_of_the_devices_that_the_report_names() -> None:
+    """GPart and Uni-LoRA of one; Uni-LoRA without decay and the methods that share
+    nothing ran on the CPU, what they are compared with on the GPU."""
 
+    def device(cell: evidence.Cell) -> str:
+        return cell.read()["device"]
 
-def test_gpart_and_unilora_are_paired_on_one_device() -> None:
-    """As verdicts.py says in words, and that the rest of the pairs is of two."""
     sizes = [(23040, evidence.PAIRED), *((d, evidence.THREE) for d in (360, 5760))]
     for task in ("stsb", "mrpc", "sst2"):
         for d, seeds in sizes if task != "mrpc" else sizes[:1]:
-            for pair in zip(*verdicts.pair(task, d, seeds), strict=True):
-                assert len(devices([*pair])) == 1, pair
+            for one, other in zip(*verdicts.pair(task, d, seeds), strict=True):
+                assert device(one) == device(other), (one, other)
     undecayed = evidence.undecayed("stsb")
-    alone = [undecayed]
+    cpu, gpu = [*undecayed], [cell._replace(decay=0.1) for cell in undecayed]
     for task in ("stsb", "sst2"):
-        for method in evidence.ISOMETRIC:
+        for method in ("gpart", *evidence.ISOMETRIC):
             rate = evidence.best_rate(task, method)
-            alone.append([evidence.Cell(task, method, rate, s) for s in evidence.THREE])
-        ours = evidence.Cell(task, "gpart", evidence.best_rate(task, "gpart"))
-        assert devices([ours._replace(seed=s) for s in evidence.THREE]) == {"NVI"}
-    assert {where for cells in alone for where in devices(cells)} == {"CPU"}
-    assert devices([cell._replace(decay=0.1) for cell in undecayed]) == {"NVI"}
-    assert "GPart and Uni-LoRA are paired on one device." in verdicts.render()
+            cells = [evidence.Cell(task, method, rate, s) for s in evidence.THREE]
+            (gpu if method == "gpart" else cpu).extend(cells)
+    assert all("CPU" in device(cell) for cell in cpu)
+    assert all("NVIDIA" in device(cell) for cell in gpu)
 
 
 def test_a_stop_leaves_whole_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1140,13 +1141,44 @@ def test_report_has_the_tables_and_intervals_of_the_evidence() -> None:
         assert any(values == pytest.approx(one, abs=within) for one in known), quote
 
 
+def test_readme_has_the_verdicts_of_the_evidence() -> None:
+    """Equal d, isometry at the paper's doses, and how the best rate goes with d."""
+    readme = " ".join(read(ROOT / "README.md").split())
+    equal = verdicts.paired(*verdicts.pair("stsb", 23040, evidence.PAIRED), "metric")
+    assert f"STS-B: {equal.mean:+.1f} points, 95 % interval " in readme
+    assert f"{equal.low:+.1f} to {equal.high:+.1f}, ten seeds" in readme
+    for task, dose, text in (
+        ("stsb", 3.0, "STS-B {} points"),
+        ("mrpc", 1.0, "MRPC {}"),
+    ):
+        one, other = (
+            [evidence.dosed(task, dose, kind, seed) for seed in evidence.THREE]
+            for kind in ("gpart", "same")
+        )
+        found = verdicts.paired(one, other, "metric")
+        start = text.format(f"{found.mean:+.1f}")
+        assert f"{start}, {found.low:+.1f} to {found.high:+.1f}" in readme
+    for task, text in (("stsb", "STS-B"), ("sst2", "SST-2")):
+        tops = {d: top for d, (top, _) in verdicts.optima(task, "gpart").items()}
+        line = verdicts.slope(tops)
+        assert (
+            f"{line.mean:.2f} ({line.low:.2f} to {line.high:.2f}) on {text}" in readme
+        )
+    won, of = dimension.scaled_wins()
+    assert f"beat one rate for all at {won} of {of} points" in readme
+
+
 def test_report_has_the_factors_of_the_rule() -> None:
-    """lr sqrt(d/d') over GPart's top, at the ends and within a factor of 4 in d."""
-    factors = {}
-    for task in ("stsb", "sst2"):
+    """lr sqrt(d/d') over GPart's top: in its table, at the ends, and the largest for a
+    factor of 4 in d."""
+    factors, rows = {}, verdicts.rule_table().splitlines()[2:]
+    for task, row in zip(("stsb", "sst2"), rows, strict=True):
         tops = {d: top for d, (top, _) in verdicts.optima(task, "gpart").items()}
         start = tops[glue_table.D] * glue_table.D**0.5
         factors[task] = {d: start / d**0.5 / top for d, top in tops.items()}
+        assert row.split("|")[2:-1] == [
+            f" {factors[task][d]:.2f} " if d in tops else "  " for d in verdicts.SIZES
+        ]
     one, two = factors.values()
     near = [max(max(f[d], 1 / f[d]) for d in (5760, 92160)) for f in (one, two)]
     end = {f"{f[glue_table.N]:.1f} times too large at N on both" for f in (one, two)}

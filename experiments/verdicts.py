@@ -350,9 +350,8 @@ def render() -> str:
 `python -m experiments.evidence --data-dir glue`, then `python -m experiments.verdicts`:
 {len(results)} runs, {hours:.1f} hours in sum, one CPU thread each, at commit {commits}:
 {devices(results)}.
-GPart and Uni-LoRA are paired on one device. SHiRA, WaveFT, C3A and Uni-LoRA without
-decay ran on the CPU, and what they are compared with on the GPU: the same head and
-rows, another dropout. Metrics in percent, losses in thousandths; intervals 95 %.
+A pair has the same head and rows; on two devices its dropout differs. Metrics in
+percent, losses in thousandths; intervals 95 %.
 
 ## Rates
 
